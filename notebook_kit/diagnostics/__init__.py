@@ -1,0 +1,1 @@
+"""Diagnostics: numbers about weights, routing, adapters and alignments; arrays and DataFrames, no pictures."""

@@ -1,0 +1,1 @@
+"""Figures: arrays and DataFrames in, plotly figures out."""

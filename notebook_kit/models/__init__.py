@@ -1,0 +1,29 @@
+"""Networks small enough to train and take apart in a notebook, and tiny configurations of real architectures."""
+
+from notebook_kit.models.digit_encoder import DigitEncoder
+from notebook_kit.models.mlp import MLP
+from notebook_kit.models.tiny import (
+    tiny_bert,
+    tiny_deepseek_v3,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_olmoe,
+    tiny_qwen3_moe,
+    tiny_t5,
+    tiny_vit,
+)
+
+__all__ = [
+    "MLP",
+    "DigitEncoder",
+    "tiny_bert",
+    "tiny_deepseek_v3",
+    "tiny_gpt2",
+    "tiny_llama",
+    "tiny_mixtral",
+    "tiny_olmoe",
+    "tiny_qwen3_moe",
+    "tiny_t5",
+    "tiny_vit",
+]
