@@ -1,0 +1,9 @@
+"""Small trained checkpoints that ship with the kit, each with held-out data and a score: higher is better.
+
+`python -m notebook_kit.zoo.build` trains them again.
+"""
+
+from notebook_kit.zoo.bed import Bed, Score
+from notebook_kit.zoo.digits import digit_labels, digit_twins, digit_views
+
+__all__ = ["Bed", "Score", "digit_labels", "digit_twins", "digit_views"]
