@@ -5,5 +5,16 @@
 
 from notebook_kit.zoo.bed import Bed, Score
 from notebook_kit.zoo.digits import digit_labels, digit_twins, digit_views
+from notebook_kit.zoo.language import language_experts, language_moe
+from notebook_kit.zoo.store import manifest
 
-__all__ = ["Bed", "Score", "digit_labels", "digit_twins", "digit_views"]
+__all__ = [
+    "Bed",
+    "Score",
+    "digit_labels",
+    "digit_twins",
+    "digit_views",
+    "language_experts",
+    "language_moe",
+    "manifest",
+]

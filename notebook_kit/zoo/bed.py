@@ -88,7 +88,12 @@ class Bed:
             ValueError: the split is unknown, or the weights hold NaN or Inf.
         """
         data = self.batches(split)
-        if isinstance(weights, nn.Module):
+        if not isinstance(weights, nn.Module):
+            check(self.base, [weights], names=["weights"])
+            return Score(self.measure(self.model, weights, data))
+        if not weights.training:
             return Score(self.measure(weights, None, data))
-        check(self.base, [weights], names=["weights"])
-        return Score(self.measure(self.model, weights, data))
+        try:
+            return Score(self.measure(weights.eval(), None, data))
+        finally:
+            weights.train()

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from notebook_kit.zoo import digits, store, train_digits
+from notebook_kit.zoo import digits, language, store, train_digits, train_language
 from notebook_kit.zoo.bed import Bed
 
 SEED = 0
@@ -21,6 +21,8 @@ def _recipes() -> dict[str, tuple[Callable[..., None], Callable[[], Bed]]]:
     for width in digits.TWIN_WIDTHS:
         train = partial(train_digits.train_digit_twins, width)
         recipes[f"digit_twins_{width}"] = (train, partial(digits.digit_twins, width))
+    recipes["language_experts"] = (train_language.train_language_experts, language.language_experts)
+    recipes["language_moe"] = (train_language.train_language_moe, language.language_moe)
     return recipes
 
 
@@ -44,7 +46,9 @@ def build(name: str) -> dict:
     extra = train(seed=SEED) or {}
     minutes = (time.process_time() - started) / 60
     bed = load()
-    measured = {"base": bed.base} | dict(zip(bed.names, bed.experts, strict=False))
+    measured = dict(zip(bed.names, bed.experts, strict=True)) if bed.experts else {}
+    if "A" not in measured:  # of twins, A is the base
+        measured = {"base": bed.base} | measured
     scores = {key: {task: round(v, 5) for task, v in bed.score(w).tasks.items()} for key, w in measured.items()}
     entry = {"seed": SEED, "minutes": round(minutes, 2), "score": scores, **extra}
     store.record(name, entry)
@@ -59,9 +63,10 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in names:
         entry = build(name)
-        print(name, f"{entry['minutes']:.2f} CPU-minutes", flush=True)
+        print(name, f"{entry['minutes']:.2f} CPU-minutes", flush=True)  # noqa: T201
         for checkpoint, tasks in entry["score"].items():
-            print(f"  {checkpoint:>14}", " ".join(f"{task}={value:.3f}" for task, value in tasks.items()), flush=True)
+            figures = " ".join(f"{task}={value:.3f}" for task, value in tasks.items())
+            print(f"  {checkpoint:>14} {figures}", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -15,7 +15,12 @@ FOLDER = Path(__file__).parent / "checkpoints"
 
 
 def manifest() -> dict[str, dict]:
-    """Return what is known of each bed: seed, minutes of CPU time, scores, files with size and SHA-256, torch version."""
+    """Return what is known of each bed.
+
+    Returns:
+        Bed to seed, minutes (CPU time of training), score (test split: checkpoint to task to figure), files (bytes and
+        SHA-256), torch version; for the mixture also router: per layer bits, chance_mean, chance_99, and load.
+    """
     path = FOLDER / "manifest.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

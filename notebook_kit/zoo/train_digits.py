@@ -1,6 +1,7 @@
 """How the digit beds were trained: seconds each, on one core."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,8 @@ def _draw(x: Tensor, y: Tensor) -> Callable[[torch.Generator], tuple[Tensor, Ten
     return batches
 
 
-def _classify(model: nn.Module, batch: tuple[Tensor, Tensor], first: int = 0, n_classes: int | None = None) -> Tensor:
-    logits = model(batch[0])
-    return F.cross_entropy(logits[:, first : None if n_classes is None else first + n_classes], batch[1])
+def _classify(model: nn.Module, batch: tuple[Tensor, Tensor], classes: slice = slice(None)) -> Tensor:
+    return F.cross_entropy(model(batch[0])[:, classes], batch[1])
 
 
 def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -51,9 +51,9 @@ def train_digit_labels(seed: int = 0) -> None:
     first = 0
     for i, (name, labeling) in enumerate(digit_labelings().items()):
         encoder.load_state_dict(base)
-        rows = {"first": first, "n_classes": labeling.n_classes}
-        loss = lambda model, batch, rows=rows: _classify(model, batch, **rows)  # noqa: E731
-        fit(encoder, _draw(x, labeling(x, y)), loss, steps=150, lr=5e-4, seed=seed + 1 + i, desc=f"digit_labels: {name}")
+        loss = partial(_classify, classes=slice(first, first + labeling.n_classes))
+        settings = {"steps": 150, "lr": 5e-4, "seed": seed + 1 + i, "desc": f"digit_labels: {name}"}
+        fit(encoder, _draw(x, labeling(x, y)), loss, **settings)
         store.write("digit_labels", name, encoder.state_dict())
         first += labeling.n_classes
 
@@ -63,12 +63,12 @@ def train_digit_views(seed: int = 0) -> None:
     x, y = digits("train")
     everything = torch.cat([view(x) for view in VIEWS.values()]), y.repeat(len(VIEWS))
     encoder = _seeded(beds.view_encoder, seed)
-    fit(encoder, _draw(*everything), _classify, steps=60, seed=seed, desc="digit_views: base")
+    fit(encoder, _draw(*everything), _classify, steps=120, seed=seed, desc="digit_views: base")
     base = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
     store.write("digit_views", "base", base)
     for i, (name, view) in enumerate(VIEWS.items()):
         encoder.load_state_dict(base)
-        fit(encoder, _draw(view(x), y), _classify, steps=300, lr=1e-3, seed=seed + 1 + i, desc=f"digit_views: {name}")
+        fit(encoder, _draw(view(x), y), _classify, steps=150, lr=3e-4, seed=seed + 1 + i, desc=f"digit_views: {name}")
         store.write("digit_views", name, encoder.state_dict())
 
 
@@ -76,5 +76,5 @@ def train_digit_twins(width: int, seed: int = 0) -> None:
     """Train two networks of one width; first weights and batches both come from the seed, which differs."""
     for i, name in enumerate(("A", "B")):
         model = _seeded(lambda: MLP([64, width, width, 10], "relu"), seed + i)
-        fit(model, _draw(*digits("train")), _classify, steps=800, seed=seed + i, desc=f"digit_twins_{width}: {name}")
+        fit(model, _draw(*digits("train")), _classify, steps=1500, seed=seed + i, desc=f"digit_twins_{width}: {name}")
         store.write(f"digit_twins_{width}", name, model.state_dict())
