@@ -1,0 +1,38 @@
+"""What every merge promises: base's keys, shapes and dtypes; arithmetic in float32 at least; inputs untouched."""
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from notebook_kit.weights import Weights, at_least_float32, check
+
+Rule = Callable[[str, Tensor, list[Tensor]], Tensor]
+
+
+def tensor_by_tensor(base: Weights, experts: Sequence[Weights], rule: Rule) -> dict[str, Tensor]:
+    """Merge each floating tensor by `rule(name, base, experts)`; other tensors are base's.
+
+    Args:
+        base: state dict θ₀.
+        experts: state dicts θ_i.
+        rule: gets the tensors in float32 or float64 and returns one of the same shape; must not modify them.
+
+    Raises:
+        IncompatibleWeights, ValueError: as `weights.check`.
+    """
+    check(base, experts)
+    merged = {}
+    for name, tensor in base.items():
+        if not tensor.is_floating_point():
+            merged[name] = tensor.clone()
+            continue
+        result = rule(name, at_least_float32(tensor), [at_least_float32(expert[name]) for expert in experts])
+        merged[name] = result.to(tensor.dtype)
+    return merged
+
+
+def tensor_generator(seed: int, name: str, index: int) -> torch.Generator:
+    """Randomness that depends on the tensor's name, not on its place: streaming a file gives the same draw."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + index * 7919 + zlib.crc32(name.encode())) % 2**63)

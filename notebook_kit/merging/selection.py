@@ -1,0 +1,157 @@
+"""The k-th largest magnitude of a task vector, exactly, in one pass over memory.
+
+A sample brackets the threshold; one pass counts what lies above the bracket and keeps what lies inside; the answer is
+selected among those few. The task vector itself, as large as the model, never exists.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from notebook_kit.weights import Weights, at_least_float32, float_keys
+
+CHUNK = 1 << 17  # elements: a few such buffers stay in a core's cache
+SAMPLE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Trim:
+    """What to keep of one expert: magnitudes from `threshold` up.
+
+    Where more entries than wanted have exactly the threshold's magnitude, the first ones go: `drop[name]` says how many
+    of them tensor `name` loses.
+    """
+
+    threshold: float
+    drop: dict[str, int] = field(default_factory=dict)
+
+    def just_under(self, dtype: torch.dtype) -> float:
+        """The number next below the threshold: a strict comparison with it keeps the threshold itself."""
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        return float(np.nextafter(kind(self.threshold), kind(-1)))
+
+
+def trims(base: Weights, experts: Sequence[Weights], *, density: float, scope: str) -> list[dict[str, Trim]]:
+    """For each expert and tensor, what the ⌊density · d⌋ largest magnitudes are.
+
+    Args:
+        base: state dict θ₀; may be lazy, one tensor is read at a time.
+        experts: state dicts θ_i.
+        density: share kept.
+        scope: "model": d counts the whole model and layers compete; "tensor": each tensor keeps its share.
+    """
+    names = _without_tied(base)
+    found = []
+    for expert in experts:
+        groups = [names] if scope == "model" else [[name] for name in names]
+        trim_of = {}
+        for group in groups:
+            trim = _select(base, expert, group, density)
+            trim_of |= dict.fromkeys(group, trim)
+        found.append({name: trim_of[_first_of(base, names, name)] for name in float_keys(base)})
+    return found
+
+
+def chunks(name: str, base: Weights, experts: Sequence[Weights]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Walk one tensor in pieces: (where, θ₀ there [n], task vectors there [experts, n]); the buffer is reused."""
+    theta_0 = at_least_float32(base[name]).reshape(-1)
+    thetas = [at_least_float32(expert[name]).reshape(-1) for expert in experts]
+    buffer = torch.empty(len(experts), min(CHUNK, len(theta_0)), dtype=theta_0.dtype)
+    for start in range(0, len(theta_0), CHUNK):
+        where = slice(start, min(start + CHUNK, len(theta_0)))
+        tau = buffer[:, : where.stop - start]
+        for row, theta in zip(tau, thetas, strict=True):
+            torch.sub(theta[where], theta_0[where], out=row)
+        yield where, theta_0[where], tau
+
+
+def _select(base: Weights, expert: Weights, names: list[str], density: float) -> Trim:
+    sizes = {name: base[name].numel() for name in names}
+    d = sum(sizes.values())
+    k = int(density * d)
+    if k == 0:
+        return Trim(float("inf"))
+    if k == d:
+        return Trim(0.0)
+    low, high = _bracket(base, expert, sizes, density) if d > 4 * SAMPLE else (0.0, float("inf"))
+    above, inside = _count(_magnitudes(base, expert, names), low, high)
+    if not above < k <= above + len(inside):  # the sample misled us: look at everything
+        low, high = 0.0, float("inf")
+        above, inside = _count(_magnitudes(base, expert, names), low, high)
+    threshold = float(inside.kthvalue(len(inside) - (k - above) + 1).values)
+    at_least = above + int((inside >= threshold).sum())
+    if at_least == k or threshold == 0:
+        return Trim(threshold)
+    return Trim(threshold, _drop_first(base, expert, names, threshold, surplus=at_least - k))
+
+
+def _bracket(base: Weights, expert: Weights, sizes: dict[str, int], density: float) -> tuple[float, float]:
+    """Two magnitudes that enclose the threshold with near certainty: sample quantiles, six standard errors apart."""
+    generator = torch.Generator().manual_seed(0)
+    total, parts = sum(sizes.values()), []
+    for name, size in sizes.items():
+        take = torch.randint(size, (SAMPLE * size // total + 1,), generator=generator)
+        theta_0, theta = (at_least_float32(weights[name]).reshape(-1)[take] for weights in (base, expert))
+        parts.append((theta - theta_0).abs())
+    sample = torch.cat(parts).sort(descending=True).values
+    n = len(sample)
+    slack = 6 * (density * (1 - density) / n) ** 0.5
+    first, last = int((density - slack) * n), int((density + slack) * n) + 1
+    return (
+        float(sample[last]) if last < n else 0.0,
+        float(sample[first]) if first >= 0 else float("inf"),
+    )
+
+
+def _magnitudes(base: Weights, expert: Weights, names: list[str]) -> Iterator[Tensor]:
+    for name in names:
+        for _, _, tau in chunks(name, base, [expert]):
+            yield tau[0].abs_()
+
+
+def _count(magnitudes: Iterable[Tensor], low: float, high: float) -> tuple[int, Tensor]:
+    """How many exceed `high`, and those in [low, high]."""
+    if low == 0 and high == float("inf"):
+        return 0, torch.cat([m.clone() for m in magnitudes])
+    above, inside = 0, []
+    for m in magnitudes:
+        candidates = m[m >= low]
+        within = candidates[candidates <= high]
+        above += len(candidates) - len(within)
+        inside.append(within)
+    return above, torch.cat(inside)
+
+
+def _drop_first(base: Weights, expert: Weights, names: list[str], threshold: float, surplus: int) -> dict[str, int]:
+    """Spread the surplus over the first tied entries, in the order of the names."""
+    drop = {}
+    for name in names:
+        if surplus == 0:
+            break
+        tied = sum(int((m == threshold).sum()) for m in _magnitudes(base, expert, [name]))
+        if tied:
+            drop[name] = min(surplus, tied)
+            surplus -= drop[name]
+    return drop
+
+
+def _identity(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _without_tied(base: Weights) -> list[str]:
+    """Tied tensors (embedding and head) count once."""
+    first: dict[tuple, str] = {}
+    for name in float_keys(base):
+        tensor = base[name]
+        first.setdefault(_identity(tensor) if tensor.numel() and type(base) is dict else (name,), name)
+    return list(first.values())
+
+
+def _first_of(base: Weights, names: list[str], name: str) -> str:
+    if name in names:
+        return name
+    return next(other for other in names if _identity(base[other]) == _identity(base[name]))

@@ -1,0 +1,98 @@
+"""Routing numbers by hand, and against the zoo's own measure."""
+
+import math
+
+import pytest
+import torch
+
+from notebook_kit.diagnostics import routing as numbers
+from notebook_kit.routers import TopK, reroute
+from notebook_kit.routing import RoutingTrace
+from notebook_kit.zoo.specialisation import window_information
+
+
+def labelled_trace(best, labels, length, n_experts=4, names=("a", "b")):
+    """A trace whose best expert of each token is given, in sequences of one label."""
+    best = torch.as_tensor(best)
+    trace = RoutingTrace(["layer"], k=2)
+    logits = torch.randn(len(best), n_experts).clamp(-2, 2)
+    logits[torch.arange(len(best)), best] = 5
+    routing = TopK(1, n_experts).eval().route(logits)
+    n = len(labels)
+    trace.append(
+        [(routing.logits, routing.weights, routing.experts)],
+        tokens=torch.zeros(len(best), dtype=torch.int64),
+        positions=torch.arange(length).repeat(n),
+        sequences=torch.arange(n).repeat_interleave(length),
+        labels=[names[label] for label in labels for _ in range(length)],
+    )
+    return trace
+
+
+def test_max_violation_and_entropy():
+    assert numbers.max_violation(torch.tensor([5.0, 3, 2, 2])) == pytest.approx(2 / 3)
+    assert numbers.max_violation(torch.zeros(4)) == 0
+    probs = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]])
+    torch.testing.assert_close(numbers.entropy(probs), torch.tensor([2.0, 0, 1]))
+    torch.testing.assert_close(numbers.entropy(probs * 3), torch.tensor([2.0, 0, 1]))  # sigmoid scores do not sum to 1
+
+
+def test_information_is_one_bit_when_experts_are_labels():
+    labels = [0, 1] * 20
+    trace = labelled_trace([label for label in labels for _ in range(5)], labels, 5)
+    information = numbers.mutual_information(trace.layer(0), trace)
+    assert information.bits == pytest.approx(1.0, abs=1e-6)
+    assert information.chance_mean < information.chance_99 < 0.3
+    table = numbers.specialisation(trace.layer(0), trace)
+    assert table.loc["a", 0] >= 0.5
+    torch.testing.assert_close(torch.tensor(table.sum(1).values), torch.ones(2))
+
+
+def test_information_by_chance_is_not_above_chance():
+    labels = torch.randint(0, 2, (60,)).tolist()
+    trace = labelled_trace(torch.randint(0, 4, (60 * 8,)), labels, 8)
+    information = numbers.mutual_information(trace.layer(0), trace)
+    assert 0 <= information.bits < information.chance_99 * 2
+    assert information.chance_mean > 0
+
+
+def test_information_agrees_with_the_zoos_measure():
+    labels = torch.randint(0, 2, (30,))
+    best = torch.randint(0, 4, (30, 8))
+    trace = labelled_trace(best.reshape(-1), labels.tolist(), 8)
+    theirs = window_information(labels, best, n_shuffles=300)
+    ours = numbers.mutual_information(trace.layer(0), trace, n_shuffles=300)
+    assert ours.bits == pytest.approx(theirs["bits"], abs=1e-6)
+    assert ours.chance_mean == pytest.approx(theirs["chance_mean"], rel=0.15)
+
+
+def test_co_activation_and_transitions():
+    z = torch.tensor([[3.0, 2, 0], [3, 2, 0], [0, 3, 2], [3, 0, 2]])
+    routing = TopK(1, 3).eval().route(z)
+    together = numbers.co_activation(routing)
+    torch.testing.assert_close(together, torch.tensor([[0.75, 0.5, 0.25], [0.5, 0.75, 0.25], [0.25, 0.25, 0.5]]))
+    after = TopK(1, 3).eval().route(z.flip(1))
+    assert numbers.transitions(routing, after)[0].tolist() == pytest.approx([0, 0, 1.0])
+
+
+def test_summary_counts_what_capacity_cut():
+    trace = labelled_trace([0] * 8, [0, 1], 4)
+    plain, cut = reroute(trace, TopK, layer=0, k=1, convention="switch"), None
+    cut = reroute(trace, TopK, layer=0, k=1, convention="switch", capacity_factor=1.0)
+    table = numbers.routing_summary([plain, cut], ["plain", "cut"])
+    assert table.loc["plain", "max_violation"] == table.loc["cut", "max_violation"] == 3
+    assert table.loc["cut", "dropped"] == table.loc["cut", "unserved"] == 0.75
+    assert table.loc["plain", "dead_experts"] == 3
+    assert 0 < table.loc["plain", "entropy_bits"] < math.log2(4)
+    assert numbers.load_table([plain, cut]).shape == (2, 4)
+    assert len(numbers.recorded(trace)) == 1
+
+
+def test_without_labels():
+    trace = labelled_trace([0] * 8, [0, 0], 4, names=("", ""))
+    for use in (numbers.mutual_information, numbers.specialisation):
+        with pytest.raises(ValueError, match="no labels: record inside"):
+            use(trace.layer(0), trace)
+    one = labelled_trace([0] * 4, [0], 4)
+    with pytest.raises(ValueError, match="2 sequences"):
+        numbers.mutual_information(one.layer(0), one)

@@ -1,0 +1,103 @@
+"""Small mixtures of experts, their traces, and a block with a list of experts."""
+
+import functools
+
+import torch
+from torch import nn
+
+from notebook_kit import models
+from notebook_kit.routing import RoutingTrace, record_routing
+
+KINDS = {
+    "mixtral": models.tiny_mixtral,
+    "qwen3_moe": models.tiny_qwen3_moe,
+    "olmoe": models.tiny_olmoe,
+    "deepseek_v3": models.tiny_deepseek_v3,
+}
+
+
+def ids(seed: int = 0, n: int = 4, length: int = 32):
+    return torch.randint(0, 256, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def moe(kind: str = "mixtral"):
+    """A model whose experts matter: random weights, scaled up."""
+    model = KINDS[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+@torch.no_grad()
+def trace_of(model) -> RoutingTrace:
+    with record_routing(model) as trace:
+        model(ids())
+    return trace
+
+
+@functools.cache
+def prepared(kind: str = "mixtral"):
+    """(model, trace, its logits on other text); not to be modified."""
+    model = moe(kind)
+    return model, trace_of(model), logits(model)
+
+
+@torch.no_grad()
+def logits(model, seed: int = 1):
+    return model(ids(seed)).logits
+
+
+def made_up_trace(model, usage, logits_of=None, layers=None) -> RoutingTrace:
+    """A trace with given usage, in hundredths of the slots, and router logits."""
+    names = layers or [name for name, block in model.named_modules() if hasattr(block, "experts")]
+    chosen = torch.repeat_interleave(torch.arange(len(usage)), torch.tensor([round(100 * share) for share in usage]))
+    n = len(chosen)
+    scores = torch.randn(n, len(usage), generator=torch.Generator().manual_seed(0)) if logits_of is None else logits_of
+    trace = RoutingTrace(names, k=1)
+    routing = (scores, torch.ones(n, 1), chosen[:, None])
+    place = torch.arange(n)
+    trace.append([routing] * len(names), tokens=place, positions=place, sequences=torch.zeros(n, dtype=torch.long))
+    return trace
+
+
+class Expert(nn.Module):
+    def __init__(self, d, f):
+        super().__init__()
+        self.w1, self.w3 = nn.Linear(d, f, bias=False), nn.Linear(d, f, bias=False)
+        self.w2, self.act_fn = nn.Linear(f, d, bias=False), nn.SiLU()
+
+    def forward(self, x):
+        return self.w2(self.act_fn(self.w1(x)) * self.w3(x))
+
+
+class Gate(nn.Module):
+    def __init__(self, d, n, k):
+        super().__init__()
+        self.weight, self.top_k, self.norm_topk_prob = nn.Parameter(torch.randn(n, d)), k, True
+
+    def forward(self, x):
+        scores = x @ self.weight.T
+        weights, experts = scores.softmax(-1).topk(self.top_k)
+        return scores, weights / weights.sum(-1, keepdim=True), experts
+
+
+class ListedBlock(nn.Module):
+    def __init__(self, d=6, f=5, n=4, k=2):
+        super().__init__()
+        self.gate, self.experts = Gate(d, n, k), nn.ModuleList(Expert(d, f) for _ in range(n))
+
+    def forward(self, x):
+        _, weights, experts = self.gate(x)
+        outputs = torch.stack([expert(x) for expert in self.experts], 1)
+        return (outputs.gather(1, experts[..., None].expand(-1, -1, x.shape[1])) * weights[..., None]).sum(1)
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = ListedBlock()
+
+    def forward(self, x):
+        return self.block(x)
