@@ -49,13 +49,24 @@ def figure(
     Returns:
         go.Figure
     """
+    data = list(data)
+    named = sum(bool(trace.get("name")) and trace.get("showlegend", True) for trace in data)
+    top = (44 if title else 12) + (26 if named > 1 else 8)  # room for the title, then for the legend
     xaxis = {"title": {"text": x}, "gridcolor": GRID, "zerolinecolor": GRID, "automargin": True}
     yaxis = {"title": {"text": y}, "gridcolor": GRID, "zerolinecolor": GRID, "automargin": True}
     style = {
-        "title": {"text": title, "x": 0.01, "xanchor": "left", "font": {"size": 15}},
+        "title": {
+            "text": title,
+            "x": 0.01,
+            "xanchor": "left",
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 14},
+            "font": {"size": 15},
+        },
         "font": FONT,
         "height": height,
-        "margin": {"l": 64, "r": 24, "t": 48 if title else 20, "b": 52},
+        "margin": {"l": 64, "r": 24, "t": top, "b": 52},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "colorway": list(PALETTE),
@@ -66,7 +77,7 @@ def figure(
     for axis in [key for key in layout if key.startswith(("xaxis", "yaxis"))]:
         own = xaxis if axis == "xaxis" else yaxis if axis == "yaxis" else {**xaxis, "title": {"text": ""}}
         layout[axis] = own | layout[axis]
-    return go.Figure(data=list(data), layout={"xaxis": xaxis, "yaxis": yaxis} | style | layout)
+    return go.Figure(data=data, layout={"xaxis": xaxis, "yaxis": yaxis} | style | layout)
 
 
 def heatmap(

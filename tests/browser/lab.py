@@ -41,39 +41,46 @@ class Lab:
         self.page.goto(f"{self.url}/lab/workspaces/w{time.time_ns()}/tree/{notebook}?reset")
         self.page.wait_for_selector(".jp-Notebook", timeout=60_000)
         self.page.wait_for_function(
-            """() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'""",
+            """() => {
+                const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
+                return kernel?.status === 'idle' && window.jupyterapp.commands.isEnabled('notebook:run-all-cells');
+            }""",
             timeout=90_000,
         )
 
     def run_all(self, *, timeout: float = 180) -> None:
         """Run every cell and wait until the kernel is idle again."""
-        self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
         deadline = time.time() + timeout
         while time.time() < deadline:
-            pending = self.page.evaluate(
-                """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')]
-                    .filter((node) => node.textContent.includes('[*]')).length"""
+            # A cell that ran has a number in its prompt; one that failed ends the run and leaves the rest blank.
+            waiting, failed = self.page.evaluate(
+                """() => {
+                    const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')];
+                    const waiting = prompts.filter((node) => !/\\[\\d+\\]/.test(node.textContent)).length;
+                    const running = prompts.some((node) => node.textContent.includes('*'));
+                    const error = document.querySelector('.jp-OutputArea-output[data-mime-type*="error"]');
+                    return [waiting, Boolean(error) && !running];
+                }"""
             )
-            status = self.page.evaluate(
-                "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status"
-            )
-            if not pending and status == "idle":
+            if not waiting or failed:
                 return
             time.sleep(0.25)
         raise TimeoutError(f"the notebook still runs after {timeout} s")
 
     def errors(self) -> list[str]:
         """Texts of error outputs now on the page."""
-        return self.page.evaluate(
+        texts = self.page.evaluate(
             """() => [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.stderr"]')]
-                .map((node) => node.textContent).filter((text) => text.includes('Traceback') || text.includes('Error'))"""
+                .map((node) => node.textContent)"""
         )
+        return [text for text in texts if "Traceback" in text or "Error" in text]
 
     def wait_drawn(self, index: int = 0, *, more_than: int = 0, timeout: float = 30) -> None:
         """Wait until the index-th picture was drawn more than so many times."""
         self.page.wait_for_function(
-            """([index, more]) => Number(document.querySelectorAll('.nbk-stage .nbk-picture')[index]?.dataset.drawn ?? 0)
-                > more""",
+            """([index, more]) =>
+                Number(document.querySelectorAll('.nbk-stage .nbk-picture')[index]?.dataset.drawn ?? 0) > more""",
             arg=[index, more_than],
             timeout=timeout * 1000,
         )
@@ -93,6 +100,8 @@ def running_lab(folder: Path, *, theme: str = "JupyterLab Light") -> Iterator[La
     settings = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True, exist_ok=True)
     (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
+    quiet = {"fetchNews": "false", "checkForUpdates": False}
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
     port = _free_port()
     environment = dict(os.environ)
     environment |= {
@@ -106,7 +115,7 @@ def running_lab(folder: Path, *, theme: str = "JupyterLab Light") -> Iterator[La
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1"]
     command += ["--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True"]
     command += ["--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", f"--ServerApp.root_dir={folder}"]
-    log = open(home / "lab.log", "w")
+    log = open(home / "lab.log", "w")  # noqa: SIM115  closed below, after the server
     server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         url = f"http://127.0.0.1:{port}"
