@@ -58,9 +58,12 @@ def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
     path = Path(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
-        head = file.read(8)
-        if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or path.suffix in PICKLES:
+        start = file.read(9)
+        head = start[:8]
+        # A header length may look like a pickle's first bytes; but a header starts with "{", and a pickle does not.
+        if path.suffix in PICKLES or (start[8:] != b"{" and start[:2] in PICKLE_STARTS):
             raise BadCheckpoint(_pickle_text(path))
+        file.seek(8)
         if len(head) < 8:
             raise BadCheckpoint(f"{path} is truncated: {size} bytes, a safetensors file has at least 8")
         length = int.from_bytes(head, "little")
@@ -231,6 +234,7 @@ class TensorWriter:
         self._names.pop(0)
 
 
+PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 

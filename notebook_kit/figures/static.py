@@ -30,15 +30,18 @@ def to_png(figure: go.Figure, *, width: int = WIDTH, dpi: int = DPI) -> bytes:
 
     layout = figure.layout
     height = layout.height or 360
-    canvas = Figure(figsize=(width / DPI, height / DPI), dpi=dpi, facecolor="white")
+    single = len({_key(trace) for trace in figure.data}) == 1
+    canvas = Figure((width / DPI, height / DPI), dpi, facecolor="white", layout="constrained" if single else None)
     FigureCanvasAgg(canvas)
     colours = list(layout.colorway or ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"])
     axes: dict[tuple[str, str], object] = {}
     bars = collections.Counter(_key(trace) for trace in figure.data if trace.type == "bar")
     drawn = 0
     for trace in figure.data:
-        axis = axes.setdefault(_key(trace), None) or _new_axis(canvas, figure, trace)
-        axes[_key(trace)] = axis
+        axis = axes.get(_key(trace))
+        if axis is None:
+            axis = canvas.add_subplot() if single else _new_axis(canvas, figure, trace)
+            axes[_key(trace)] = axis
         axis._nbk_bars = bars[_key(trace)]
         colour = colours[drawn % len(colours)]
         painter = _PAINTERS.get(trace.type)
@@ -49,7 +52,9 @@ def to_png(figure: go.Figure, *, width: int = WIDTH, dpi: int = DPI) -> bytes:
         drawn += trace.type != "heatmap"
     for key, axis in axes.items():
         _finish(axis, figure, key)
-    if layout.title.text:
+    if layout.title.text and single:
+        canvas.suptitle(_plain(layout.title.text), x=0.01, ha="left", fontsize=11)
+    elif layout.title.text:
         canvas.text(0.01, 0.985, _plain(layout.title.text), ha="left", va="top", fontsize=11)
     for note in layout.annotations or ():
         if note.xref == "paper" and note.yref == "paper" and note.text:

@@ -53,7 +53,7 @@ def figure(
     named = sum(bool(trace.get("name")) and trace.get("showlegend", True) for trace in data)
     top = (44 if title else 12) + (26 if named > 1 else 8)  # room for the title, then for the legend
     xaxis = {"title": {"text": x}, "gridcolor": GRID, "zerolinecolor": GRID, "automargin": True}
-    yaxis = {"title": {"text": y}, "gridcolor": GRID, "zerolinecolor": GRID, "automargin": True}
+    yaxis = {"title": {"text": y, "standoff": 10}, "gridcolor": GRID, "zerolinecolor": GRID, "automargin": True}
     style = {
         "title": {
             "text": title,

@@ -63,10 +63,10 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in names:
         entry = build(name)
-        print(name, f"{entry['minutes']:.2f} CPU-minutes", flush=True)  # noqa: T201
+        print(name, f"{entry['minutes']:.2f} CPU-minutes", flush=True)
         for checkpoint, tasks in entry["score"].items():
             figures = " ".join(f"{task}={value:.3f}" for task, value in tasks.items())
-            print(f"  {checkpoint:>14} {figures}", flush=True)  # noqa: T201
+            print(f"  {checkpoint:>14} {figures}", flush=True)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def test_gradients_reach_the_adapters_and_nothing_else(bed, adapter):
     assert with_gradient == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant):
     gradients = []
@@ -203,6 +204,8 @@ def test_a_module_used_in_two_places_gets_one_adapter():
     assert model["b"][0] is model["a"][0]
     fold(model)
     assert type(model["a"][0]) is nn.Linear
+    assert model["b"][0] is model["a"][0]
+    assert attach(model, LoRA, targets=r"^b\.0$", rank=2) == ["a.0"]
     assert model["b"][0] is model["a"][0]
     block = nn.Sequential(nn.Linear(4, 4))
     model = nn.ModuleDict({"a": block, "b": block})
@@ -394,3 +397,41 @@ def test_adapter_weights_that_do_not_fit_load_nothing():
     assert all(torch.equal(before[key], value) for key, value in adapter_weights(model).items())
     with pytest.raises(WRONG_TYPE):
         load_adapter_weights(model, before | {first: 1.0})
+
+
+def test_an_adapters_own_modules_follow_the_hosts_mode():
+    class Noisy(Adapter):
+        def __init__(self, host):
+            super().__init__(host)
+            self.noise = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.noise(self.host(x))
+
+    model = MLP([4, 4]).eval()
+    attach(model, Noisy, targets="layers")
+    assert not model.layers[0].noise.training
+    with pytest.raises(CannotFold, match=r"layers\.0: Noisy has no weight-space form"):
+        fold(model)
+    detach(model)
+    model.train()
+    attach(model, Noisy, targets="layers")
+    assert model.layers[0].noise.training
+
+
+def test_an_attached_model_survives_pickling(tmp_path):
+    model = MLP([4, 4])
+    attach(model, LoRA, targets="layers", rank=2)
+    disturb(model)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    x = torch.randn(2, 4)
+    assert torch.equal(again(x), model(x))
+    assert torch.equal(detach(again)(x), detach(model)(x))
+
+
+def test_parameters_live_where_the_host_lives():
+    for adapter in (LoRA, ParallelBottleneck, SeriesBottleneck):
+        module = adapter(nn.Linear(4, 4, device="meta", dtype=torch.float16), rank=2)
+        own = [p for name, p in module.named_parameters() if not name.startswith("host.")]
+        assert {(p.device.type, p.dtype) for p in own} == {("meta", torch.float16)}

@@ -45,7 +45,7 @@ def test_information_is_one_bit_when_experts_are_labels():
     assert information.chance_mean < information.chance_99 < 0.3
     table = numbers.specialisation(trace.layer(0), trace)
     assert table.loc["a", 0] >= 0.5
-    torch.testing.assert_close(torch.tensor(table.sum(1).values), torch.ones(2))
+    torch.testing.assert_close(torch.tensor(table.sum(axis=1).values), torch.ones(2))
 
 
 def test_information_by_chance_is_not_above_chance():
@@ -64,6 +64,13 @@ def test_information_agrees_with_the_zoos_measure():
     ours = numbers.mutual_information(trace.layer(0), trace, n_shuffles=300)
     assert ours.bits == pytest.approx(theirs["bits"], abs=1e-6)
     assert ours.chance_mean == pytest.approx(theirs["chance_mean"], rel=0.15)
+
+
+def test_shared_information():
+    a = torch.tensor([0, 0, 1, 1, -1])
+    assert numbers.shared_information(a, a) == pytest.approx(1.0)
+    assert numbers.shared_information(a, torch.tensor([0, 1, 0, 1, 0])) == pytest.approx(0.0)
+    assert numbers.shared_information(a - 5, a) == 0
 
 
 def test_co_activation_and_transitions():
