@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -127,6 +128,9 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # Mapping's own would read the tensor
+
     def spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor, from the headers alone."""
         return {name: (tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, (_, _, entry) in self._entries.items()}
@@ -163,11 +167,13 @@ def save(path: str | Path, weights: Mapping[str, Tensor]) -> Path:
         The path written.
 
     Raises:
-        TypeError: a value is not a tensor.
+        TypeError: a value is not a tensor, or its dtype has no place in the format.
     """
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name!r} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _NAME_OF:
+            raise TypeError(f"{name!r} is {tensor.dtype}, which safetensors does not hold; cast it first")
     spec = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
     with atomic(path) as partial, TensorWriter(partial, spec) as writer:
         for name, tensor in weights.items():
@@ -254,10 +260,10 @@ def _files(path: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadCheckpoint(f"{index} is damaged: {error!r}") from None
         for name in names:
-            if Path(name).name != name or not (path / name).is_file():
+            if not isinstance(name, str) or Path(name).name != name or not (path / name).is_file():
                 raise BadCheckpoint(f"{index} names {name!r}, which is not a file of that folder")
         return [path / name for name in names]
     files = sorted(path.glob("*.safetensors"))
@@ -295,7 +301,10 @@ def _verify(header: dict, data_bytes: int, path: Path) -> None:
         try:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             whole = [*shape, begin, end]
-            sound = all(type(number) is int and number >= 0 for number in whole)
+            sound = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
+            sound = sound and all(type(number) is int and 0 <= number < 2**63 for number in whole)
+            # torch multiplies lengths in 64 bits, also where a 0 among them makes the tensor empty.
+            sound = sound and math.prod(number or 1 for number in shape) < 2**63
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:

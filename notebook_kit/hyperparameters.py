@@ -159,7 +159,7 @@ def _args_of(docstring: str) -> dict[str, str]:
                 inside = False
                 continue
             indent = depth if indent is None else indent
-            entry = re.match(r"\s*(\w+)\s*(?:\([^)]*\))?:\s*(.*)", line)
+            entry = re.match(r"\s*\*{0,2}(\w+)\s*(?:\([^)]*\))?:\s*(.*)", line)
             if depth == indent and entry:
                 name = entry[1]
                 helps[name] = entry[2].strip()

@@ -1,5 +1,6 @@
 """Weights: state dicts as a currency: compared before they are combined, in memory and out of core."""
 
+import inspect
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from notebook_kit import catalog
+from notebook_kit.catalog import methods
 from notebook_kit.checkpoints import INDEX, BadCheckpoint, Checkpoint, TensorWriter, atomic, load, save
 from notebook_kit.hyperparameters import hyperparameters, validate
 
@@ -71,6 +72,8 @@ def preflight(
     """
     import pandas as pd
 
+    if isinstance(experts, (Mapping, str, os.PathLike)):
+        raise TypeError(f"experts must be a sequence of state dicts or paths, got one {type(experts).__name__}")
     specs = [_spec(_open(weights)) for weights in (base, *experts)]
     labels = _labels(experts, names)
     rows = []
@@ -178,12 +181,17 @@ def merge_files(
     """
     schema = hyperparameters(method)
     validate(schema, {name: value for name, value in hyperparameter_values.items() if name in schema})
+    inspect.signature(method).bind({}, [], **hyperparameter_values)  # a misspelt name fails now, not after a pass
+    if isinstance(expert_paths, (str, os.PathLike)):
+        raise TypeError(
+            f"expert_paths must be a sequence of paths, got {expert_paths!r}; write [{str(expert_paths)!r}]"
+        )
     base_path, out_path = Path(base_path), Path(out_path)
     base, experts = Checkpoint(base_path), [Checkpoint(path) for path in expert_paths]
-    _check_out(base_path, expert_paths, out_path)
+    _check_out(base_path, [base, *experts], out_path)
     _check_structure(base, experts, [str(path) for path in expert_paths])
 
-    entry = catalog.methods().get(method.__name__)
+    entry = methods().get(method.__name__)
     arguments = dict(hyperparameter_values)
     if entry is not None and entry.statistics is not None:
         arguments |= entry.statistics(base, experts, **hyperparameter_values)
@@ -208,8 +216,8 @@ def _merge_one(method: Callable, key: str, base: Weights, experts: Sequence[Weig
     return method({key: base[key]}, [{key: expert[key]} for expert in experts], **arguments)[key]
 
 
-def _check_out(base_path: Path, expert_paths: Sequence, out_path: Path) -> None:
-    for path in (base_path, *map(Path, expert_paths)):
+def _check_out(base_path: Path, inputs: Sequence[Checkpoint], out_path: Path) -> None:
+    for path in (path for checkpoint in inputs for path in (checkpoint.path, *checkpoint.files)):
         if out_path.resolve() == path.resolve():
             raise FileExistsError(f"out_path {out_path} is one of the inputs")
     if base_path.is_dir() and out_path.exists():
@@ -297,6 +305,8 @@ def _shape_text(spec: dict, key: str) -> str:
 def _check_finite(tensor: Tensor, key: str, name: str) -> None:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # torch adds up no float8
     # A finite sum proves finite entries in one cheap pass; an overflowing sum does not prove the contrary.
     if torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
         return

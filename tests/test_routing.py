@@ -34,7 +34,11 @@ def test_the_trace_has_the_models_logits(build):
 
 @torch.no_grad()
 def test_what_the_gates_are_like_is_remembered():
-    expected = {"tiny_mixtral": (True, "softmax"), "tiny_olmoe": (False, "softmax"), "tiny_deepseek_v3": (True, "sigmoid")}
+    expected = {
+        "tiny_mixtral": (True, "softmax"),
+        "tiny_olmoe": (False, "softmax"),
+        "tiny_deepseek_v3": (True, "sigmoid"),
+    }
     for name, (normalize, scoring) in expected.items():
         model = getattr(models, name)()
         with record_routing(model) as trace:
@@ -76,7 +80,11 @@ def test_labels_padding_and_several_batches():
     assert trace.positions[:6].tolist() == list(range(6))
     assert trace.sequences.max() == 6
     assert repr(trace) == "RoutingTrace(66 tokens, 2 layers, top 2 of 8 experts, labels eng, deu, <b>x</b>)"
-    with record_routing(model) as trace, trace.labelled(["one", "two"]), pytest.raises(ValueError, match="3 sequences, got 2"):
+    with (
+        record_routing(model) as trace,
+        trace.labelled(["one", "two"]),
+        pytest.raises(ValueError, match="3 sequences, got 2"),
+    ):
         model(IDS)
 
 
@@ -118,7 +126,19 @@ def test_hooks_are_taken_out_even_after_an_error():
 def test_texts():
     trace = make_trace(tokens=[65, 10, 60, 195])
     assert trace.text() == ["A", "\n", "<", "\\xc3"]
-    assert make_trace(tokens=[3, 4, 5, 900], vocabulary={3: "Hello", 4: "▁world"}).text() == ["Hello", "▁world", "#5", "#900"]
+    assert make_trace(tokens=[3, 4, 5, 900], vocabulary={3: "Hello", 4: "▁world"}).text() == [
+        "Hello",
+        "▁world",
+        "#5",
+        "#900",
+    ]
+
+
+def test_letters_of_several_bytes():
+    tokens = [*"aé語😀<".encode(), 0xE8, 0xAA, 65, 300]
+    texts = ["a", "é", "·", "語", "·", "·", "😀", "·", "·", "·", "<", "\\xe8", "\\xaa", "A", "#300"]
+    assert make_trace(tokens=tokens).text() == texts
+    assert make_trace(tokens=tokens).text(2, 4) == ["\\xa9", "\\xe8"]
 
 
 @torch.no_grad()
@@ -229,7 +249,10 @@ def test_bad_batches():
 
 
 def test_models_without_routers():
-    with pytest.raises(ValueError, match="no routed layer in LlamaForCausalLM: looked for"), record_routing(models.tiny_llama()):
+    with (
+        pytest.raises(ValueError, match="no routed layer in LlamaForCausalLM: looked for"),
+        record_routing(models.tiny_llama()),
+    ):
         pass
     with pytest.raises(ValueError, match="remembers a routing"):
         aux_loss(models.tiny_llama())

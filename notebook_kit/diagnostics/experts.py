@@ -23,10 +23,9 @@ from notebook_kit.expert_merging import (
     usage_of,
 )
 from notebook_kit.expert_merging.align_experts import expert_of, expert_spec
+from notebook_kit.expert_merging.m_smoe import SIMILARITIES
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.routing import RoutingTrace
-
-SIMILARITIES = ("router-logits", "router-weight", "weight")
 
 
 def usage_frame(model: nn.Module, trace: RoutingTrace, plan: Mapping[str, LayerPlan] | None = None) -> pd.DataFrame:

@@ -8,15 +8,16 @@ import plotly.graph_objects as go
 from notebook_kit.figures.style import NEUTRAL, PALETTE, figure
 
 
-def score_figure(score: float, start: float | None = None, *, title: str = "", y: str = "score") -> go.Figure:
+def score_figure(score: float, start: float | None = None, *, title: str = "", y: str = "") -> go.Figure:
     """Bars of a score, one a task, with a diamond where they stood at first.
 
     Args:
         score: a number; if it has `.tasks` (name to number), each task gets a bar.
         start: the score to compare with.
         title: of the picture; the mean is added.
-        y: what the score measures, with its unit.
+        y: what the score measures, with its unit; default: what the score itself says.
     """
+    y = y or getattr(score, "unit", "score")
     tasks = _tasks(score)
     names = list(tasks)
     values = np.array([tasks[name] for name in names], dtype=float)

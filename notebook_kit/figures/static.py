@@ -3,6 +3,7 @@
 import collections
 import html
 import io
+import os
 import re
 
 import numpy as np
@@ -44,11 +45,8 @@ def to_png(figure: go.Figure, *, width: int = WIDTH, dpi: int = DPI) -> bytes:
             axes[_key(trace)] = axis
         axis._nbk_bars = bars[_key(trace)]
         colour = colours[drawn % len(colours)]
-        painter = _PAINTERS.get(trace.type)
-        if painter is None:
+        if not _paint_trace(axis, trace, colour, canvas, layout):
             axis.text(0.5, 0.5, f"{trace.type}: open in a notebook", ha="center", transform=axis.transAxes)
-        else:
-            painter(axis, trace, colour, canvas, layout)
         drawn += trace.type != "heatmap"
     for key, axis in axes.items():
         _finish(axis, figure, key)
@@ -64,6 +62,38 @@ def to_png(figure: go.Figure, *, width: int = WIDTH, dpi: int = DPI) -> bytes:
     file = io.BytesIO()
     canvas.savefig(file, format="png", dpi=dpi)
     return file.getvalue()
+
+
+def _paint_trace(axis, trace, colour, canvas, layout) -> bool:
+    """Draw one trace; False where this file cannot, because a still must not take the live figure with it."""
+    painter = _PAINTERS.get(trace.type)
+    if painter is None:
+        return False
+    if not any(getattr(trace, key, None) is not None for key in "xyz"):
+        return True
+    try:
+        painter(axis, trace, colour, canvas, layout)
+    except (TypeError, ValueError, IndexError):
+        if os.environ.get("NOTEBOOK_KIT_STRICT"):
+            raise
+        return False
+    return True
+
+
+def _mpl(colour):
+    """plotly writes rgb(1, 2, 3) and rgba(1, 2, 3, 0.5) where matplotlib takes numbers from 0 to 1."""
+    found = re.fullmatch(r"rgba?\(([^)]*)\)", colour.strip()) if isinstance(colour, str) else None
+    if not found:
+        return colour
+    red, green, blue, *alpha = (float(part) for part in found[1].split(","))
+    return (red / 255, green / 255, blue / 255, *alpha)
+
+
+def _marker_paint(colour, otherwise):
+    """One colour, or one for each point; numbers stay numbers, matplotlib maps them."""
+    if colour is None:
+        return otherwise
+    return _mpl(colour) if isinstance(colour, str) else [_mpl(each) for each in colour]
 
 
 def _key(trace) -> tuple[str, str]:
@@ -116,8 +146,9 @@ def _finish(axis, figure: go.Figure, key: tuple[str, str]) -> None:
 
 def _scatter(axis, trace, colour, canvas, layout) -> None:
     mode = trace.mode or "lines"
-    line = trace.line.color or (trace.marker.color if isinstance(trace.marker.color, str) else None) or colour
+    line = _mpl(trace.line.color or (trace.marker.color if isinstance(trace.marker.color, str) else None) or colour)
     x = list(trace.x) if trace.x is not None else list(range(len(trace.y)))
+    y = list(trace.y) if trace.y is not None else list(range(len(x)))
     style = {"label": _plain(trace.name) if trace.name else None}
     if "lines" in mode:
         style |= {
@@ -127,16 +158,15 @@ def _scatter(axis, trace, colour, canvas, layout) -> None:
         }
         if "markers" in mode:
             style |= {"marker": _MARKER.get(trace.marker.symbol or "circle", "o"), "markersize": 4}
-        axis.plot(x, list(trace.y), **style)
+        axis.plot(x, y, **style)
     elif "markers" in mode:
-        paint = trace.marker.color if isinstance(trace.marker.color, str) else line
-        if not isinstance(trace.marker.color, (str, type(None))):
-            paint = list(trace.marker.color)
+        paint = _marker_paint(trace.marker.color, line)
         size = trace.marker.size if isinstance(trace.marker.size, (int, float)) else 7
         marker = _MARKER.get(trace.marker.symbol if isinstance(trace.marker.symbol, str) else "circle", "o")
-        axis.scatter(x, list(trace.y), c=paint, s=size**2 / 2, marker=marker, **style)
+        one = {"color": paint} if isinstance(paint, (str, tuple)) else {"c": paint}
+        axis.scatter(x, y, **one, s=size**2 / 2, marker=marker, **style)
     if "text" in mode and trace.text is not None:
-        for px, py, text in zip(x, trace.y, np.broadcast_to(np.asarray(trace.text), (len(x),)), strict=True):
+        for px, py, text in zip(x, y, np.broadcast_to(np.asarray(trace.text), (len(x),)), strict=True):
             axis.annotate(_plain(str(text)), (px, py), fontsize=8, xytext=(3, 3), textcoords="offset points")
 
 
@@ -148,8 +178,7 @@ def _bar(axis, trace, colour, canvas, layout) -> None:
     axis._nbk_groups, axis._nbk_bar = groups + 1, True
     numeric = all(not isinstance(name, str) for name in names)
     at = np.asarray(names, float) if numeric else np.arange(len(names), dtype=float)
-    paint = trace.marker.color if trace.marker.color is not None else colour
-    paint = paint if isinstance(paint, str) else list(paint)
+    paint = _marker_paint(trace.marker.color, colour)
     base = trace.base if isinstance(trace.base, (int, float)) else 0
     stacked = layout.barmode == "stack"
     bottom = getattr(axis, "_nbk_stack", np.zeros(len(at))) if stacked and len(at) else base
@@ -175,7 +204,7 @@ def _heatmap(axis, trace, colour, canvas, layout) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     scale = trace.colorscale
-    stops = [(float(at), paint) for at, paint in scale] if scale else [(0, "#00204D"), (1, "#FFEA46")]
+    stops = [(float(at), _mpl(paint)) for at, paint in scale] if scale else [(0, "#00204D"), (1, "#FFEA46")]
     z = np.asarray(trace.z, dtype=float)
     x, y = (_centres(values, n) for values, n in ((trace.x, z.shape[1]), (trace.y, z.shape[0])))
     extent = (x[0] - x[1] / 2, x[0] + x[1] * (z.shape[1] - 0.5), y[0] - y[1] / 2, y[0] + y[1] * (z.shape[0] - 0.5))
@@ -211,9 +240,11 @@ def _centres(values, count: int) -> tuple[float, float]:
 
 
 def _histogram(axis, trace, colour, canvas, layout) -> None:
-    paint = trace.marker.color if isinstance(trace.marker.color, str) else colour
+    paint = _mpl(trace.marker.color) if isinstance(trace.marker.color, str) else colour
     label = _plain(trace.name) if trace.name else None
-    axis.hist(np.asarray(trace.x, float), bins=trace.nbinsx or 30, color=paint, alpha=trace.opacity or 1, label=label)
+    flat = {"orientation": "horizontal"} if trace.x is None else {}
+    values = np.asarray(trace.y if flat else trace.x, float)
+    axis.hist(values, bins=trace.nbinsx or 30, color=paint, alpha=trace.opacity or 1, label=label, **flat)
 
 
 def _box(axis, trace, colour, canvas, layout) -> None:
@@ -226,7 +257,9 @@ def _contour(axis, trace, colour, canvas, layout) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     stops = (
-        [(float(at), paint) for at, paint in trace.colorscale] if trace.colorscale else [(0, "#00204D"), (1, "#FFEA46")]
+        [(float(at), _mpl(paint)) for at, paint in trace.colorscale]
+        if trace.colorscale
+        else [(0, "#00204D"), (1, "#FFEA46")]
     )
     z = np.asarray(trace.z, float)
     x = np.arange(z.shape[1]) if trace.x is None else np.asarray(trace.x, float)

@@ -51,7 +51,7 @@ def trims(base: Weights, experts: Sequence[Weights], *, density: float, scope: s
         for group in groups:
             trim = _select(base, expert, group, density)
             trim_of |= dict.fromkeys(group, trim)
-        found.append({name: trim_of[_first_of(base, names, name)] for name in float_keys(base)})
+        found.append({name: _of_copy(trim_of, _first_of(base, trim_of, name), name) for name in float_keys(base)})
     return found
 
 
@@ -93,6 +93,8 @@ def _bracket(base: Weights, expert: Weights, sizes: dict[str, int], density: flo
     generator = torch.Generator().manual_seed(0)
     total, parts = sum(sizes.values()), []
     for name, size in sizes.items():
+        if size == 0:
+            continue
         take = torch.randint(size, (SAMPLE * size // total + 1,), generator=generator)
         theta_0, theta = (at_least_float32(weights[name]).reshape(-1)[take] for weights in (base, expert))
         parts.append((theta - theta_0).abs())
@@ -146,12 +148,19 @@ def _without_tied(base: Weights) -> list[str]:
     """Tied tensors (embedding and head) count once."""
     first: dict[tuple, str] = {}
     for name in float_keys(base):
-        tensor = base[name]
-        first.setdefault(_identity(tensor) if tensor.numel() and type(base) is dict else (name,), name)
+        # Only a dict holds its tensors: of a lazy mapping, two that were read in turn may share an address.
+        held = isinstance(base, dict) and base[name].numel()
+        first.setdefault(_identity(base[name]) if held else (name,), name)
     return list(first.values())
 
 
-def _first_of(base: Weights, names: list[str], name: str) -> str:
+def _first_of(base: Weights, names: Iterable[str], name: str) -> str:
     if name in names:
         return name
     return next(other for other in names if _identity(base[other]) == _identity(base[name]))
+
+
+def _of_copy(trim_of: dict[str, Trim], first: str, name: str) -> Trim:
+    """A tied copy is trimmed as the first of its kind, so that both stay equal."""
+    trim = trim_of[first]
+    return trim if name == first or first not in trim.drop else Trim(trim.threshold, {name: trim.drop[first]})

@@ -9,7 +9,7 @@ mergekit does. Shoemake, 1985, section 3.3.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.merging.contract import tensor_by_tensor
-from notebook_kit.weights import Weights, at_least_float32, float_keys
+from notebook_kit.weights import Weights, at_least_float32, check, float_keys
 
 PARALLEL = 0.9995
 
@@ -70,6 +70,7 @@ def slerp(
     """
     _two(experts)
     if scope == "model" and cos_omega is None:
+        check(base, experts)
         cos_omega = model_cosine(base, experts, scope=scope)["cos_omega"]
 
     def arc(name: str, theta_0: Tensor, thetas: list[Tensor]) -> Tensor:
@@ -84,7 +85,7 @@ def slerp(
 
 
 def _two(experts: Sequence[Weights]) -> None:
-    if len(experts) != 2:
+    if len(experts) != 2 and not isinstance(experts, Mapping):  # `check` says what is wrong with a mapping
         raise ValueError(f"slerp needs exactly two experts, got {len(experts)}")
 
 

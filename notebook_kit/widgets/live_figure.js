@@ -468,6 +468,7 @@ function button(text, title, act) {
 // ---------------------------------------------------------------- the view
 function render({ model, el }) {
   el.classList.add("nbk");
+  el.dataset.lmSuppressShortcuts = "true"; // arrow keys belong to the slider, not to JupyterLab's command mode
   const main = el.appendChild(element("div", "nbk-main"));
   const specs = model.get("controls") || [];
   const listeners = [];

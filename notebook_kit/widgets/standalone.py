@@ -42,7 +42,8 @@ function start(widget) {
     let index = 0;
     for (const { name, values } of page.axes) {
       const wanted = settings[name];
-      const distance = (value) => (typeof value === "number" ? Math.abs(value - wanted) : Number(value !== wanted));
+      const both = (value) => typeof value === "number" && typeof wanted === "number";
+      const distance = (value) => (both(value) ? Math.abs(value - wanted) : value === wanted ? 0 : Infinity);
       const far = values.map(distance);
       index = index * values.length + far.indexOf(Math.min(...far));
     }
@@ -89,26 +90,28 @@ def write_page(explorer, path: Path, vary: list[str], n_points: int, max_mb: flo
     for values in axes.values():
         count *= len(values)
     skeletons, known, points, size = [], {}, [], 0
-    for values in tqdm(itertools.product(*axes.values()), total=count, desc="computing pictures", unit="picture"):
-        settings = {**explorer.settings, **dict(zip(axes, values, strict=True))}
-        figure, traits = explorer._run(settings)
-        frame = encode(figure)
-        buffers = [base64.b64encode(buffer).decode() for buffer in frame.pop("buffers")]
-        if frame["id"] not in known:
-            known[frame["id"]] = len(skeletons)
-            skeletons.append(frame)
-        points.append({"skeleton": known[frame["id"]], "buffers": buffers, **traits, "note": _note(traits["note"])})
-        size += sum(map(len, buffers))
-        if size > max_mb * 1e6:
-            raise ValueError(
-                f"the page passes {max_mb:g} MB after {len(points)} of {count} pictures: vary fewer, or fewer points"
-            )
-    explorer._run(explorer.settings)  # leaves .value as it was
+    before = explorer.value, explorer.score, explorer._milliseconds
+    try:
+        for values in tqdm(itertools.product(*axes.values()), total=count, desc="computing pictures", unit="picture"):
+            settings = {**explorer.settings, **dict(zip(axes, values, strict=True))}
+            figure, traits = explorer._run(settings)
+            frame = encode(figure)
+            buffers = [base64.b64encode(buffer).decode() for buffer in frame.pop("buffers")]
+            if frame["id"] not in known:
+                known[frame["id"]] = len(skeletons)
+                skeletons.append(frame)
+            points.append({"skeleton": known[frame["id"]], "buffers": buffers, **traits, "note": _note(traits["note"])})
+            size += sum(map(len, buffers))
+            if size > max_mb * 1e6:
+                raise ValueError(
+                    f"the page passes {max_mb:g} MB after {len(points)} of {count} pictures: vary fewer or use fewer"
+                )
+    finally:
+        explorer.value, explorer.score, explorer._milliseconds = before
 
     controls = [{**control, "fixed": control["name"] not in axes} for control in explorer.controls]
     for control in controls:
-        if not control["fixed"] and control["kind"] in ("int", "float"):
-            control["optional"] = False
+        control["optional"] = None in axes.get(control["name"], ())
     state = {"controls": controls, "settings": dict(explorer.settings), "can_pin": False, "pins": [], "error": {}}
     state |= {"code": explorer.code, "note": "", "dragging": False}
     page = {"axes": [{"name": name, "values": values} for name, values in axes.items()], "skeletons": skeletons}
@@ -143,7 +146,8 @@ def _positions(row: Hyperparameter, current, n_points: int) -> list:
         values = [row.low + (row.high - row.low) * i / steps for i in range(steps + 1)]
     if row.kind == "int":
         values = [round(value) for value in values]
-    return sorted({*values, *([current] if current is not None else [])})
+    optional = [None] if row.default is None else []  # a slider that can be switched off
+    return optional + sorted({*values, *([current] if current is not None else [])})
 
 
 def _note(note: str) -> str:

@@ -26,8 +26,8 @@ class SweepResult:
         scores = self.frame["score"]
         if scores.isna().all():
             raise ValueError("every score of this sweep is NaN: there is no best")
-        row = self.frame.loc[scores.idxmax()]
-        return {name: _native(row[name]) for name in self.names}
+        place = scores.idxmax()
+        return {name: _native(self.frame.at[place, name]) for name in self.names}
 
     @property
     def figure(self):
@@ -55,7 +55,8 @@ class SweepResult:
         return varied[0], varied[1] if len(varied) > 1 else ""
 
     def __repr__(self):
-        return f"SweepResult({self.owner}: {len(self.frame)} settings, best {self.best})"
+        best = "every score NaN" if self.frame["score"].isna().all() else f"best {self.best}"
+        return f"SweepResult({self.owner}: {len(self.frame)} settings, {best})"
 
     def _repr_mimebundle_(self, **kwargs):
         return self.widget()._repr_mimebundle_(**kwargs)
@@ -117,7 +118,11 @@ def sweep(
             finally:
                 for future in futures:
                     future.cancel()
-    return SweepResult(pd.DataFrame(rows), tuple(grid), schema.owner)
+    frame = pd.DataFrame(rows)
+    for name, values in grid.items():
+        if None in values:  # a column of numbers would turn it into NaN
+            frame[name] = pd.Series([point[name] for point in points], dtype=object)
+    return SweepResult(frame, tuple(grid), schema.owner)
 
 
 def _evaluate(fn: Callable, args: tuple, fixed: Mapping, point: Mapping, score: Callable | None) -> dict:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 import numpy as np
 import plotly.graph_objects as go
@@ -25,13 +26,16 @@ def encode(figure: go.Figure) -> dict:
         if isinstance(node, dict):
             return {key: split(value) for key, value in node.items() if not key.startswith("_")}
         if isinstance(node, np.ndarray):
+            if node.dtype.kind == "M":
+                return np.datetime_as_string(node).tolist()
             if node.dtype.kind in "fiub" and node.dtype.itemsize <= 8 and node.ndim <= 2 and node.size:
                 arrays.append(_narrow(node))
                 return {"$array": len(arrays) - 1}
             return [split(item) for item in node.tolist()]
         if isinstance(node, (list, tuple)):
             return [split(item) for item in node]
-        return node.item() if isinstance(node, np.generic) else node
+        node = node.item() if isinstance(node, np.generic) else node
+        return None if isinstance(node, float) and not math.isfinite(node) else node  # JSON has no NaN
 
     data = [split(_with_arrays(trace.to_plotly_json())) for trace in figure.data]
     layout = split(figure.layout.to_plotly_json())

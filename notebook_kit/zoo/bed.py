@@ -14,24 +14,26 @@ class Score(float):
 
     Args:
         tasks: task to figure, at least one.
+        unit: what is measured, such as "accuracy".
 
     Raises:
         ValueError: there is no task.
     """
 
     tasks: dict[str, float]
+    unit: str
 
-    def __new__(cls, tasks: Mapping[str, float]):
+    def __new__(cls, tasks: Mapping[str, float], unit: str = "score"):
         """Take the mean of the tasks."""
         if not tasks:
             raise ValueError("a Score needs at least one task")
         score = super().__new__(cls, sum(tasks.values()) / len(tasks))
-        score.tasks = dict(tasks)
+        score.tasks, score.unit = dict(tasks), unit
         return score
 
     def __reduce__(self):
         """Pickle the tasks, from which the mean follows."""
-        return type(self), (self.tasks,)
+        return type(self), (self.tasks, self.unit)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Bed:
         names: of the experts; for a mixture of experts, of the tasks.
         measure: (model, weights or None, batches) -> task to figure.
         inputs: split -> task to held-out data.
+        unit: what `measure` gives, for axes.
         splits: names that `batches` and `score` accept.
     """
 
@@ -54,6 +57,7 @@ class Bed:
     names: list[str]
     measure: Callable[[nn.Module, Mapping[str, Tensor] | None, Any], dict[str, float]] = field(repr=False)
     inputs: Callable[[str], dict[str, Any]] = field(repr=False)
+    unit: str = "score"
     splits: Sequence[str] = ("train", "val", "test")
 
     def batches(self, split: str = "test") -> dict[str, Any]:
@@ -90,10 +94,10 @@ class Bed:
         data = self.batches(split)
         if not isinstance(weights, nn.Module):
             check(self.base, [weights], names=["weights"])
-            return Score(self.measure(self.model, weights, data))
+            return Score(self.measure(self.model, weights, data), self.unit)
         if not weights.training:
-            return Score(self.measure(weights, None, data))
+            return Score(self.measure(weights, None, data), self.unit)
         try:
-            return Score(self.measure(weights.eval(), None, data))
+            return Score(self.measure(weights.eval(), None, data), self.unit)
         finally:
             weights.train()

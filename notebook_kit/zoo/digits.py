@@ -68,7 +68,7 @@ def digit_twins(width: int = 64) -> Bed:
 def _bed(bed: str, model: nn.Module, names: list[str], measure, inputs, base: str = "base") -> Bed:
     weights = store.read(bed, base)
     model.load_state_dict(weights)
-    return Bed(model.eval(), weights, [store.read(bed, name) for name in names], names, measure, inputs)
+    return Bed(model.eval(), weights, [store.read(bed, name) for name in names], names, measure, inputs, "accuracy")
 
 
 @lru_cache(maxsize=3)

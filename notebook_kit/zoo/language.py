@@ -14,6 +14,7 @@ from notebook_kit.zoo import store
 from notebook_kit.zoo.bed import Bed
 
 LENGTH = 128
+UNIT = "log-likelihood (nats per byte)"
 EXPERT_LANGUAGES = ("deu", "spa", "fin", "tur", "pol", "vie")
 
 
@@ -30,7 +31,7 @@ def language_experts() -> Bed:
     model, base = tiny_llama(**store.read_config("language_experts")), store.read("language_experts", "base")
     model.load_state_dict(base)
     experts = [store.read("language_experts", name) for name in EXPERT_LANGUAGES]
-    return Bed(model.eval(), base, experts, list(EXPERT_LANGUAGES), log_likelihood, expert_windows)
+    return Bed(model.eval(), base, experts, list(EXPERT_LANGUAGES), log_likelihood, expert_windows, UNIT)
 
 
 def language_moe() -> Bed:
@@ -44,7 +45,7 @@ def language_moe() -> Bed:
     """
     model, base = tiny_mixtral(**store.read_config("language_moe")), store.read("language_moe", "base")
     model.load_state_dict(base)
-    return Bed(model.eval(), base, [], list(LANGUAGES), log_likelihood, language_windows)
+    return Bed(model.eval(), base, [], list(LANGUAGES), log_likelihood, language_windows, UNIT)
 
 
 def language_windows(split: str) -> dict[str, Int[Tensor, "n length"]]:

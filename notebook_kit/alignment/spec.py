@@ -1,0 +1,296 @@
+"""Permutation specs: which axes of which tensors must be reordered together so that a network computes the same.
+
+A permutation is an index vector p of length n. Applying it takes entry p[i] to place i, on every axis that carries
+it; the rows that make a hidden unit and the columns that read it move together, so the function does not change.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from notebook_kit.weights import IncompatibleWeights, Weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one permutation of n entries does to one axis.
+
+    The permuted stretch begins at `start` and is read as [repeats, n, block]: entry i is a block of neighbouring
+    rows, and the same order is used in each repeat. An axis may carry several parts; they are applied in order.
+
+    Args:
+        perm: name of the permutation.
+        block: rows that move as one, such as the head_dim rows of an attention head.
+        start: first row of the stretch.
+        signs: one flag a repeat: does a unit's free sign act here? (False, True) is a fused gate and up.
+        partial: rows after the stretch stay where they are; otherwise there may be none.
+        slice: (axis, index) when only one slice of the tensor is concerned, such as one expert of a fused tensor.
+    """
+
+    perm: str
+    block: int = 1
+    start: int = 0
+    signs: tuple[bool, ...] = (False,)
+    partial: bool = False
+    slice: tuple[int, int] | None = None
+
+    def view(self, tensor: Shaped[Tensor, "..."], axis: int, n: int) -> Shaped[Tensor, "..."]:
+        """A view of the stretch with `axis` cut into [repeats, n, block]; writing to it writes to the tensor."""
+        if self.slice is not None:
+            # One slice is cut out as an axis of length 1, so that `axis` keeps its number.
+            tensor = tensor.narrow(*self.slice, 1)
+        repeats = len(self.signs)
+        return tensor.narrow(axis, self.start, repeats * n * self.block).unflatten(axis, (repeats, n, self.block))
+
+
+Axis = None | str | Part | tuple[Part, ...]
+
+
+class PermutationSpec:
+    """The permutations that leave a network's function alone, as a table: parameter to what moves on each axis.
+
+    Args:
+        axes: parameter name to one entry per axis: None (never moves), a permutation's name, a `Part`, or a tuple
+            of parts applied in order. Parameters that are not named never move.
+        sizes: permutation name to its number of entries n.
+        inside: permutation name to (outer permutation, place) for one that acts within one entry of another, as
+            query heads do within their key-value group; parts of the outer one come first on an axis.
+        description: what it was made for, shown by repr.
+
+    Raises:
+        ValueError: a permutation without size, or on two axes of one tensor.
+    """
+
+    def __init__(
+        self,
+        axes: Mapping[str, Sequence[Axis]],
+        sizes: Mapping[str, int],
+        *,
+        inside: Mapping[str, tuple[str, int]] | None = None,
+        description: str = "",
+    ):
+        self.sizes, self.inside, self.description = dict(sizes), dict(inside or {}), description
+        self.axes: dict[str, tuple[tuple[Part, ...], ...]] = {
+            name: tuple(_parts(entry) for entry in entries) for name, entries in axes.items()
+        }
+        self.uses: dict[str, list[tuple[str, int, Part]]] = {perm: [] for perm in self.sizes}
+        for name, entries in self.axes.items():
+            for axis, parts in enumerate(entries):
+                for part in parts:
+                    if part.perm not in self.sizes:
+                        raise ValueError(f"permutation {part.perm!r} on axis {axis} of {name!r} has no size in `sizes`")
+                    self.uses[part.perm].append((name, axis, part))
+            # Two axes under one permutation would make matching a quadratic assignment.
+            seen = [{part.perm for part in parts} for parts in entries]
+            twice = set.union(*seen) if sum(map(len, seen)) > len(set.union(*seen)) else set()
+            for perm in sorted(twice):
+                if sum(perm in names for names in seen) > 1:
+                    raise ValueError(f"permutation {perm!r} stands on two axes of {name!r}")
+
+    def __repr__(self):
+        moved = sum(any(entries) for entries in self.axes.values())
+        return f"PermutationSpec({self.description or 'custom'}: {len(self.sizes)} permutations on {moved} tensors)"
+
+    def parts(self, name: str) -> list[tuple[int, Part]]:
+        """Every (axis, part) of one tensor, in the order in which they are applied."""
+        return [(axis, part) for axis, parts in enumerate(self.axes[name]) for part in parts]
+
+    def check(self, weights: Weights, owner: str = "weights") -> None:
+        """Refuse weights that the spec was not made for.
+
+        Raises:
+            IncompatibleWeights: a tensor is missing, or an axis is not as long as its permutations need.
+        """
+        for name, entries in self.axes.items():
+            if name not in weights:
+                raise IncompatibleWeights(f"{owner} has no tensor {name!r}, which {self!r} permutes")
+            shape = tuple(weights[name].shape)
+            if len(shape) != len(entries):
+                raise IncompatibleWeights(
+                    f"{name!r} of {owner} has shape {shape}; {self!r} expects {len(entries)} axes"
+                )
+            for axis, parts in enumerate(entries):
+                for part in parts:
+                    if part.slice is not None and shape[part.slice[0]] <= part.slice[1]:
+                        raise IncompatibleWeights(f"{name!r} of {owner} has shape {shape}; it lacks slice {part.slice}")
+                    end = part.start + len(part.signs) * self.sizes[part.perm] * part.block
+                    whole = not part.partial and part.perm not in self.inside
+                    if shape[axis] < end or (whole and shape[axis] != end):
+                        raise IncompatibleWeights(
+                            f"{name!r} of {owner} has shape {shape}; permutation {part.perm!r} of "
+                            f"{self.sizes[part.perm]} entries needs {end} on axis {axis}: is the spec of another model?"
+                        )
+
+    def check_permutations(self, permutations: Mapping[str, Tensor]) -> None:
+        """Refuse what are not permutations of this spec; a permutation left out stands for the identity.
+
+        Raises:
+            ValueError: an unknown name, or an entry that is not a reordering of 0..n-1.
+        """
+        for perm, index in permutations.items():
+            if perm not in self.sizes:
+                raise ValueError(
+                    f"no permutation is called {perm!r}; the spec has {', '.join(list(self.sizes)[:8])} ..."
+                )
+            if not torch.equal(index.sort().values, torch.arange(self.sizes[perm], device=index.device)):
+                raise ValueError(f"{perm!r} must reorder 0..{self.sizes[perm] - 1}, got {index.tolist()[:12]}")
+
+
+class Permutations(dict[str, Tensor]):
+    """Permutation name to index vector Int[n], with what came along: free signs, and how matching went.
+
+    Attributes:
+        signs: permutation name to ±1 per entry; a name left out stands for +1.
+        objective: the matching objective after each step, first the value at the start.
+    """
+
+    def __init__(self, indices=(), *, signs: Mapping[str, Tensor] | None = None, objective: Sequence[float] = ()):
+        super().__init__(indices)
+        self.signs: dict[str, Tensor] = dict(signs or {})
+        self.objective = list(objective)
+
+    def moved(self) -> dict[str, float]:
+        """Share of the entries of each permutation that changed place."""
+        return {perm: (index != torch.arange(len(index))).float().mean().item() for perm, index in self.items()}
+
+
+def permute(spec: PermutationSpec, permutations: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
+    """Reorder the hidden units of a network; its function stays the same.
+
+    Args:
+        spec: which axes move together.
+        permutations: name to index vector p (entry i of the result is entry p[i] of the input); `Permutations` may
+            carry signs. Names left out stay as they are.
+        weights: state dict; not modified.
+
+    Returns:
+        A new state dict of the same keys, shapes and dtypes. Tensors that do not move are shared with the input.
+
+    Raises:
+        IncompatibleWeights: the weights are not of the network that the spec was made for.
+        ValueError: an unknown name, or no permutation of 0..n-1.
+    """
+    spec.check(weights)
+    spec.check_permutations(permutations)
+    return {
+        name: permute_tensor(spec, permutations, tensor, spec.parts(name)) if name in spec.axes else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def permute_tensor(
+    spec: PermutationSpec, permutations: Mapping[str, Tensor], tensor: Tensor, parts: Sequence[tuple[int, Part]]
+) -> Tensor:
+    """Apply parts of a spec to one tensor; a copy, or the tensor itself if nothing moves."""
+    signs = getattr(permutations, "signs", {})
+    result = None
+    for axis, part in parts:
+        if part.perm in permutations or part.perm in signs:
+            result = tensor.clone() if result is None else result
+            apply_part(part, axis, spec.sizes[part.perm], result, permutations.get(part.perm), signs.get(part.perm))
+    return tensor if result is None else result
+
+
+def apply_part(part: Part, axis: int, n: int, tensor: Tensor, index: Tensor | None, sign: Tensor | None) -> None:
+    """Reorder one stretch of one axis in place."""
+    view = part.view(tensor, axis, n)
+    if index is not None:
+        view.copy_(view.index_select(axis + 1, index.to(tensor.device)))
+    if sign is not None:
+        for repeat, signed in enumerate(part.signs):
+            if signed:
+                shape = [-1 if place == axis else 1 for place in range(view.dim() - 1)]
+                view.select(axis, repeat).mul_(sign.to(tensor).reshape(shape))
+
+
+def random_permutations(spec: PermutationSpec, seed: int = 0, *, signs: bool = False) -> Permutations:
+    """Draw a random permutation for every name of a spec.
+
+    Args:
+        spec: which permutations there are.
+        seed: of the draw.
+        signs: draw free signs too, where the spec has them.
+
+    Returns:
+        Permutations: name to index vector.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    result = Permutations({perm: torch.randperm(n, generator=generator) for perm, n in spec.sizes.items()})
+    if signs:
+        for perm in signed_permutations(spec):
+            result.signs[perm] = torch.randint(0, 2, (spec.sizes[perm],), generator=generator).float() * 2 - 1
+    return result
+
+
+def signed_permutations(spec: PermutationSpec) -> list[str]:
+    """The permutations whose entries have a free sign: hidden units of gated feed-forward layers."""
+    return [perm for perm, uses in spec.uses.items() if any(any(part.signs) for _, _, part in uses)]
+
+
+def invert(spec: PermutationSpec, permutations: Mapping[str, Tensor]) -> Permutations:
+    """The permutations that undo these.
+
+    Args:
+        spec: tells which permutations act inside an entry of another.
+        permutations: name to index vector.
+
+    Returns:
+        Permutations q such that `permute(spec, q, permute(spec, p, w))` is w.
+    """
+    spec.check_permutations(permutations)
+    signs = getattr(permutations, "signs", {})
+    result = Permutations({perm: torch.argsort(index) for perm, index in permutations.items()})
+    for perm, sign in signs.items():
+        result.signs[perm] = sign[result[perm]] if perm in result else sign
+    for perm, source in _inner(spec, result):
+        # What sat in place `source` came from here: its order is undone there.
+        result[perm] = torch.argsort(_get(spec, permutations, source))
+    return result
+
+
+def compose(spec: PermutationSpec, outer: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -> Permutations:
+    """Two permutations one after the other as one.
+
+    Args:
+        spec: tells which permutations act inside an entry of another.
+        outer: applied second.
+        inner: applied first.
+
+    Returns:
+        Permutations r such that `permute(spec, r, w)` is `permute(spec, outer, permute(spec, inner, w))`.
+    """
+    spec.check_permutations(outer)
+    spec.check_permutations(inner)
+    names = [perm for perm in spec.sizes if perm in outer or perm in inner or perm in spec.inside]
+    result = Permutations({perm: _get(spec, inner, perm)[_get(spec, outer, perm)] for perm in names})
+    for perm in spec.sizes:
+        first, second = (getattr(p, "signs", {}).get(perm) for p in (inner, outer))
+        if first is not None or second is not None:
+            one = torch.ones(spec.sizes[perm])
+            moved = (one if first is None else first)[_get(spec, outer, perm)]
+            result.signs[perm] = moved * (one if second is None else second)
+    for perm, source in _inner(spec, outer):
+        result[perm] = _get(spec, inner, source)[_get(spec, outer, perm)]
+    return result
+
+
+def _inner(spec: PermutationSpec, permutations: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """For each permutation inside a place of an outer one, the one whose place moves there."""
+    at = {where: perm for perm, where in spec.inside.items()}
+    for perm, (outer, place) in spec.inside.items():
+        yield perm, at[outer, int(_get(spec, permutations, outer)[place])]
+
+
+def _get(spec: PermutationSpec, permutations: Mapping[str, Tensor], perm: str) -> Tensor:
+    return permutations[perm] if perm in permutations else torch.arange(spec.sizes[perm])
+
+
+def _parts(entry: Axis) -> tuple[Part, ...]:
+    if entry is None:
+        return ()
+    if isinstance(entry, str):
+        return (Part(entry),)
+    return (entry,) if isinstance(entry, Part) else tuple(entry)

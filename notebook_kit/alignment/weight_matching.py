@@ -1,0 +1,170 @@
+"""Weight matching: bring one network's hidden units into the order of another's, looking at weights alone."""
+
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from notebook_kit.alignment.spec import (
+    Part,
+    Permutations,
+    PermutationSpec,
+    apply_part,
+    permute_tensor,
+    signed_permutations,
+)
+from notebook_kit.catalog import method
+from notebook_kit.hyperparameters import Range
+from notebook_kit.weights import Weights, at_least_float32, check
+
+TOLERANCE = 1e-12
+
+
+@method(family="alignment", paper="git-re-basin")
+@torch.no_grad()
+def weight_matching(
+    spec: PermutationSpec,
+    a: Weights,
+    b: Weights,
+    *,
+    max_iter: Annotated[int, Range(1, 100)] = 100,
+    signs: bool = True,
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0,
+) -> Permutations:
+    """Find the permutations of b's hidden units that make its weights most alike to a's.
+
+    Maximise Σ_w ⟨w_A, π(w_B)⟩ over all tensors, one permutation at a time. With every other permutation held fixed,
+    the objective is linear in p: it is Σ_i C[i, p[i]] with
+
+        C = Σ_(w, axis) unfold_axis(w_A) · unfold_axis(π_others(w_B))ᵀ        [n, n]
+
+    over the axes that carry p (biases included), so the best p is a linear assignment. Units of gated layers have a
+    free sign, (up_j, down_j) → (−up_j, −down_j): there C = gate_A gate_Bᵀ + |up_A up_Bᵀ + down_Aᵀ down_B|, and the
+    sign is read off at the chosen entry.
+
+    Args:
+        spec: what may move together, from `permutation_spec`.
+        a: state dict whose order is kept.
+        b: state dict to be reordered, of the same keys and shapes.
+        max_iter: sweeps over all permutations. One hidden layer is solved exactly by the first.
+        signs: use the free sign of gated units, where the spec has them.
+        seed: of the visiting order.
+
+    Returns:
+        Permutations: name to index vector, so that `permute(spec, result, b)` lies near a. `.objective` is the
+        objective at the start and after each improvement; it never falls. `.signs` holds the signs.
+
+    Raises:
+        IncompatibleWeights: keys or shapes of a and b differ, or are not those of the spec.
+        ValueError: NaN or Inf in a tensor.
+
+    Limits: coordinate ascent finds a local optimum; it depends on the visiting order where several hidden layers
+        follow each other.
+
+    Source: Ainsworth, Hayase and Srinivasa (2022), algorithm 1; samuela/git-re-basin, `src/weight_matching.py`,
+        whose sweeps recompute C for every permutation. Here one is visited again only if a permutation that shares
+        a tensor with it has changed. The sign rule is this kit's.
+    """
+    check(a, [b], names=["b"])
+    spec.check(a, "a")
+    generator = torch.Generator().manual_seed(seed)
+    signed = set(signed_permutations(spec)) if signs else set()
+    found = Permutations({perm: torch.arange(n) for perm, n in spec.sizes.items()})
+    active = Permutations()  # those that are not the identity: applying them costs a copy
+    found.objective.append(sum(_dot(a[name], b[name]) for name in spec.axes))
+    neighbours = _neighbours(spec)
+    stale, names = set(spec.sizes), list(spec.sizes)
+    for _ in range(max_iter):
+        order = [names[i] for i in torch.randperm(len(names), generator=generator)]
+        for perm in order:
+            if perm not in stale:
+                continue
+            stale.discard(perm)
+            plain, free = similarity(spec, perm, a, b, active, signs=perm in signed)
+            total = plain if free is None else plain + free.abs()
+            index = torch.from_numpy(linear_sum_assignment(total.cpu().numpy(), maximize=True)[1])
+            old, places = found[perm], torch.arange(len(index))
+            new_value = total[places, index].double().sum()
+            old_value = plain[places, old].double().sum()
+            if free is not None:
+                old_value += (free[places, old] * found.signs.get(perm, torch.ones(len(old)))).double().sum()
+            gain = (new_value - old_value).item()
+            if gain <= TOLERANCE * max(1.0, abs(old_value.item())):
+                continue
+            found[perm] = active[perm] = index
+            if free is not None:
+                sign = torch.where(free[places, index] < 0, -1.0, 1.0)
+                found.signs[perm] = active.signs[perm] = sign
+            found.objective.append(found.objective[-1] + gain)
+            stale |= neighbours[perm]
+        if not stale:
+            break
+    return found
+
+
+def similarity(
+    spec: PermutationSpec, perm: str, a: Weights, b: Weights, others: Permutations, *, signs: bool = False
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"] | None]:
+    """How alike entry i of a and entry j of b are under one permutation, with all others applied to b.
+
+    Args:
+        spec: which axes carry the permutation.
+        perm: its name.
+        a: state dict.
+        b: state dict.
+        others: current permutations; an entry for `perm` itself is not used.
+        signs: keep what a free sign acts on apart.
+
+    Returns:
+        (C, D): C the sum of inner products, in float32 at least; D the part that a free sign multiplies, or None.
+    """
+    n = spec.sizes[perm]
+    first = at_least_float32(a[spec.uses[perm][0][0]])
+    plain = first.new_zeros(n, n)
+    free = first.new_zeros(n, n) if signs else None
+    for name, axis, part in spec.uses[perm]:
+        w_a, w_b = at_least_float32(a[name]), at_least_float32(b[name])
+        parts = [entry for entry in spec.parts(name) if entry != (axis, part)]
+        if part.slice is not None:  # one expert: only its slice is read
+            w_a, w_b = w_a.narrow(*part.slice, 1), w_b.narrow(*part.slice, 1)
+            parts = [(x, _first(other)) for x, other in parts if other.slice in (None, part.slice)]
+            part = _first(part)
+        parts = [(x, other) for x, other in parts if other.perm != perm]
+        later = [other for x, other in parts if x == axis and spec.inside.get(other.perm, ("",))[0] == perm]
+        w_b = permute_tensor(spec, others, w_b, [entry for entry in parts if entry[1] not in later])
+        # A permutation that comes after this one on the same axis is undone in a instead: ⟨w_A, q(p(w_B))⟩.
+        for other in later:
+            if other.perm in others:
+                w_a = w_a.clone()
+                apply_part(other, axis, spec.sizes[other.perm], w_a, torch.argsort(others[other.perm]), None)
+        for repeat, sign in enumerate(part.signs):
+            rows_a, rows_b = (
+                part.view(w, axis, n).select(axis, repeat).movedim(axis, 0).reshape(n, -1) for w in (w_a, w_b)
+            )
+            (free if sign and free is not None else plain).addmm_(rows_a, rows_b.T)
+    return plain, free
+
+
+def _first(part: Part) -> Part:
+    return part if part.slice is None else replace(part, slice=(part.slice[0], 0))
+
+
+def _neighbours(spec: PermutationSpec) -> dict[str, set[str]]:
+    """Which similarities change when a permutation does: those that share an entry of a tensor with it."""
+    table = {perm: set() for perm in spec.sizes}
+    for name in spec.axes:
+        parts = [part for _, part in spec.parts(name)]
+        for one in parts:
+            table[one.perm] |= {
+                two.perm
+                for two in parts
+                if two.perm != one.perm and (not one.slice or not two.slice or one.slice == two.slice)
+            }
+    return table
+
+
+def _dot(w_a: Tensor, w_b: Tensor) -> float:
+    return torch.dot(at_least_float32(w_a).reshape(-1), at_least_float32(w_b).reshape(-1)).item()

@@ -1,0 +1,159 @@
+"""`record_routing`: fills a trace by forward hooks, on transformers' mixtures of experts and on the kit's layers."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from notebook_kit.routing.decision import Routing
+from notebook_kit.routing.trace import RoutingTrace
+
+
+def transformers_gates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the routers of a transformers model by the name of the block they belong to.
+
+    A block counts when it has `experts` and a router, named `gate` or `router`, with a 2-D `weight` and a `top_k`.
+    """
+    found = {}
+    for name, block in model.named_modules():
+        children = dict(block.named_children())
+        gate = children.get("gate", children.get("router"))
+        weight = getattr(gate, "weight", None)
+        if "experts" in children and hasattr(gate, "top_k") and isinstance(weight, Tensor) and weight.ndim == 2:
+            found[name] = gate
+    return found
+
+
+@contextmanager
+def record_routing(model: nn.Module, *, tokenizer: Any = None) -> Iterator[RoutingTrace]:
+    """Record what every router of a model decides while the block runs.
+
+        with record_routing(model) as trace:
+            for language, ids in texts.items():
+                with trace.labelled(language):
+                    model(ids)
+
+    Padding (attention_mask 0) is left out; `generate` continues the sequences it began. Where the model takes no
+    token ids, a batch x [n, d] is n sequences of one token, and [n, length, d] n sequences.
+
+    Args:
+        model: a transformers mixture of experts, before or after `install`, or any module with the kit's routers.
+        tokenizer: gives token ids their texts (`convert_ids_to_tokens`); None if ids are bytes.
+
+    Yields:
+        RoutingTrace: empty at first; grows with each forward pass of `model`.
+
+    Raises:
+        ValueError: the model has no routed layer; while running: NaN logits, or labels that are not one a sequence.
+    """
+    recorder = _Recorder(model, tokenizer)
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
+        for name, router in recorder.routers.items():
+            stack.callback(router.register_forward_hook(recorder.listen(name)).remove)
+        stack.callback(model.register_forward_hook(recorder.finish).remove)
+        yield recorder.trace
+
+
+def _routers(model: nn.Module) -> dict[str, nn.Module]:
+    found = transformers_gates(model)
+    # An installed router sits inside its gate and is heard there.
+    inside = {id(module) for gate in found.values() for module in gate.modules()}
+    for name, module in model.named_modules():
+        if callable(getattr(module, "route", None)) and hasattr(module, "n_experts") and id(module) not in inside:
+            found[name.rpartition(".")[0] or name or type(module).__name__] = module
+    if not found:
+        raise ValueError(
+            f"no routed layer in {type(model).__name__}: looked for transformers blocks with `experts` and a router "
+            "named `gate` or `router` that has `top_k` (Mixtral, Qwen-MoE, OLMoE, DeepSeek), and for the kit's routers"
+        )
+    return found
+
+
+class _Recorder:
+    """One forward pass at a time: `begin` reads the arguments, the routers are heard, `finish` appends a batch."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        self.routers, self.tokenizer, self.n_sequences = _routers(model), tokenizer, 0
+        self.signature = inspect.signature(model.forward)
+        first = next(iter(self.routers.values()))
+        divides = "DeepseekV2" not in type(first).__name__  # the one gate that never divides and has no switch for it
+        self.trace = RoutingTrace(
+            list(self.routers),
+            k=int(getattr(first, "top_k", None) or getattr(first, "k", None) or 1),
+            normalize=bool(getattr(first, "norm_topk_prob", getattr(first, "normalize", divides))),
+            scoring="sigmoid" if hasattr(first, "e_score_correction_bias") else "softmax",
+            vocabulary=None if tokenizer is None else {},
+        )
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.calls: dict[str, list] = {name: [] for name in self.routers}
+        arguments = self.signature.bind_partial(*args, **kwargs).arguments
+        first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+        self.ids = arguments.get("input_ids")
+        if self.ids is None and first is not None and first.ndim == 2 and not first.is_floating_point():
+            self.ids = first
+        self.shape = (*(() if first is None else first.shape[: max(1, first.ndim - 1)]), 1)[:2]
+        cache = arguments.get("past_key_values")
+        self.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        self.mask = arguments.get("attention_mask")
+        if isinstance(self.mask, Tensor) and self.mask.ndim != 2:
+            raise ValueError(f"record_routing reads padding from a 2-D attention_mask, got {self.mask.ndim} axes")
+
+    def listen(self, name: str):
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if isinstance(output, Routing):
+                output = (output.logits, output.weights, output.experts)
+            if not isinstance(output, tuple) or len(output) != 3:
+                raise ValueError(f"{name}: {type(module).__name__} must give (logits, weights, experts)")
+            self.calls[name].append(tuple(part.detach().cpu() for part in output))
+
+        return hook
+
+    def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
+        silent = [name for name, calls in self.calls.items() if not calls]
+        if silent:
+            raise ValueError(f"{silent[0]} did not route in this forward pass, so its tokens cannot be recorded")
+        routings = [tuple(map(torch.cat, zip(*calls, strict=True))) for calls in self.calls.values()]
+        rows = len(routings[0][0])
+        n, length = self._grid(rows)
+        ids = torch.full((rows,), -1) if self.ids is None else self.ids.cpu().reshape(-1)
+        positions, keep = self._positions(n, length)
+        # Tokens that continue a cache belong to the sequences of the pass before.
+        start = max(self.n_sequences - n, 0) if self.past else self.n_sequences
+        self.n_sequences = start + n
+        sequences = torch.arange(start, start + n)[:, None].expand(n, length)
+        self._learn_words(ids)
+        self.trace.append(
+            [tuple(part[keep] for part in routing) for routing in routings],
+            tokens=ids[keep],
+            positions=positions.reshape(-1)[keep],
+            sequences=sequences.reshape(-1)[keep],
+            labels=self._labels(n, length, keep),
+        )
+
+    def _grid(self, rows: int) -> tuple[int, int]:
+        """Sequences x length; a module that reshapes its input counts every row as a sequence."""
+        n, length = self.shape if self.ids is None else tuple(self.ids.shape)
+        return (n, length) if n * length == rows else (rows, 1)
+
+    def _positions(self, n: int, length: int) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.mask, Tensor):
+            return (self.past + torch.arange(length)).expand(n, length), torch.ones(n * length, dtype=torch.bool)
+        mask = self.mask.cpu().bool()
+        return (mask.long().cumsum(1) - 1)[:, -length:], mask[:, -length:].reshape(-1)
+
+    def _labels(self, n: int, length: int, keep: Tensor) -> list[str]:
+        given = self.trace.current_label
+        labels = [given] * n if isinstance(given, str) else list(given)
+        if len(labels) != n:
+            raise ValueError(f"labels must be one text, or one for each of the {n} sequences, got {len(labels)}")
+        return [labels[i // length] for i in keep.nonzero().reshape(-1).tolist()]
+
+    def _learn_words(self, ids: Tensor) -> None:
+        if self.tokenizer is not None:
+            new = [i for i in ids.unique().tolist() if i >= 0 and i not in self.trace.vocabulary]
+            self.trace.vocabulary |= dict(zip(new, self.tokenizer.convert_ids_to_tokens(new), strict=True))
