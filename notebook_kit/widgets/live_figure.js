@@ -468,7 +468,9 @@ function button(text, title, act) {
 // ---------------------------------------------------------------- the view
 function render({ model, el }) {
   el.classList.add("nbk");
-  el.dataset.lmSuppressShortcuts = "true"; // arrow keys belong to the slider, not to JupyterLab's command mode
+  // Arrow keys belong to the slider that has the focus, not to the notebook's command mode.
+  el.dataset.lmSuppressShortcuts = "true";
+  el.addEventListener("keydown", (event) => event.stopPropagation());
   const main = el.appendChild(element("div", "nbk-main"));
   const specs = model.get("controls") || [];
   const listeners = [];
