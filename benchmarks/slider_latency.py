@@ -49,12 +49,20 @@ HEAT = """
 z{n} = rng.standard_normal(({rows}, {columns})).astype("float32")
 wave{n} = np.sin(np.arange({rows}, dtype="float32"))[:, None]
 def heat{n}(*, shift: Annotated[float, Range(0, 1)] = 0.0):
-    return figure([heatmap(z{n} + shift * wave{n}, label="logit", signed=True, limit=4)], x="expert", y="token", height=440)
+    trace = heatmap(z{n} + shift * wave{n}, label="logit", signed=True, limit=4)
+    return figure([trace], x="expert", y="token", height=440)
 """
+RIVAL = "rival(heat{n}(), lambda value: heat{n}(shift=value), 0, 1, 0.01)"
 CASES = [
     ("explore(ties) on 8 digit tasks", [MERGE + "ours", "rival(merged(0.0), merged, 0, 1, 0.01)"], (80, 160)),
-    ("heatmap 64 x 8", [HEAT.format(n=1, rows=64, columns=8) + "explore(heat1)", "rival(heat1(), lambda v: heat1(shift=v), 0, 1, 0.01)"], (40, None)),
-    ("heatmap 512 x 256", [HEAT.format(n=2, rows=512, columns=256) + "explore(heat2)", "rival(heat2(), lambda v: heat2(shift=v), 0, 1, 0.01)"], (100, None)),
+    *(
+        (
+            f"heatmap {rows} x {columns}",
+            [HEAT.format(n=n, rows=rows, columns=columns) + f"explore(heat{n})", RIVAL.format(n=n)],
+            (goal, None),
+        )
+        for n, rows, columns, goal in ((1, 64, 8, 40), (2, 512, 256, 100))
+    ),
 ]
 # One event, awaited until the next frame after the picture changed.
 OURS = """async ([cell, i]) => {
@@ -62,7 +70,10 @@ OURS = """async ([cell, i]) => {
   const picture = root.querySelector('.nbk-stage .nbk-picture');
   const slider = root.querySelector('.nbk-slider');
   const drawn = new Promise((resolve) => {
-    const watch = new MutationObserver(() => { watch.disconnect(); requestAnimationFrame(() => resolve(performance.now())); });
+    const watch = new MutationObserver(() => {
+      watch.disconnect();
+      requestAnimationFrame(() => resolve(performance.now()));
+    });
     watch.observe(picture, {attributes: true, attributeFilter: ['data-drawn']});
   });
   slider.value = 5 + (i * 7) % 90;
@@ -74,7 +85,9 @@ THEIRS = """async ([cell, i]) => {
   const root = document.querySelectorAll('.jp-CodeCell')[cell];
   const plot = root.querySelector('.js-plotly-plot');
   const handle = root.querySelector('.noUi-handle');
-  const drawn = new Promise((resolve) => plot.once('plotly_afterplot', () => requestAnimationFrame(() => resolve(performance.now()))));
+  const drawn = new Promise((resolve) => {
+    plot.once('plotly_afterplot', () => requestAnimationFrame(() => resolve(performance.now())));
+  });
   const start = performance.now();
   handle.dispatchEvent(new KeyboardEvent('keydown', {key: 'Right', bubbles: true}));
   return (await drawn) - start;
@@ -122,7 +135,9 @@ def main(events: int = 40) -> None:
                 goal = f"p50 <= {target[0]}" + (f", p95 <= {target[1]}" if target[1] else "")
                 print(f"{name:32}{p50:10.0f}{p95:7.0f}{q50:18.0f}{q95:7.0f}{p50 / q50:7.2f}   {goal}")
             during, after, settle = lab.page.evaluate(BURST, 1)
-            print(f"30 events in 1 s: {during} pictures meanwhile, {after} after the last event, settled {settle:.0f} ms later")
+            print(
+                f"30 events in 1 s: {during} pictures meanwhile, {after} after the last, settled {settle:.0f} ms later"
+            )
 
 
 if __name__ == "__main__":

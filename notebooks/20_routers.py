@@ -38,7 +38,16 @@ from notebook_kit.data import digits
 from notebook_kit.diagnostics import routing as numbers
 from notebook_kit.mixtures import MoE, aux_loss
 from notebook_kit.models import MLP
-from notebook_kit.routers import ExpertChoice, NoisyTopK, TopK, load_balancing_loss, record_routing, reroute, z_loss
+from notebook_kit.routers import (
+    ExpertChoice,
+    NoisyTopK,
+    TopK,
+    cv_squared,
+    load_balancing_loss,
+    record_routing,
+    reroute,
+    z_loss,
+)
 from notebook_kit.training import fit
 from notebook_kit.widgets import RouterExplorer
 
@@ -202,7 +211,15 @@ claim(
 
 # %% [markdown]
 # Shazeer's noisy router tries other experts by chance, and has two losses of its own: one for the experts' summed
-# weights, one for their load.
+# weights, one for their load. Both are the squared coefficient of variation, 0 when all experts get the same:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+for load in ([4.0, 4.0, 4.0, 4.0], [8.0, 4.0, 2.0, 2.0], [16.0, 0.0, 0.0, 0.0]):
+    print(load, f"{cv_squared(torch.tensor(load)):.2f}")
+
+# %% [markdown]
+# In the run above:
 
 # %%
 noisy = table["noisy top-2"]

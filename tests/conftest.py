@@ -7,9 +7,9 @@ os.environ.setdefault("NOTEBOOK_KIT_STRICT", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
-import tests.typecheck  # noqa: E402, F401  the hook imports no more than the package of its checker
+import tests.typecheck  # noqa: F401  the hook imports no more than the package of its checker
 
 # is_pep484_tower: an int is a valid float, as everywhere in Python.
 install_import_hook("notebook_kit", "tests.typecheck.check")

@@ -109,18 +109,11 @@ def test_any_names_and_shapes_come_back(tmp_path_factory, parts):
     assert all(same(back[key], weights[key]) for key in weights)
 
 
-@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 19280])
-def test_a_header_whose_length_looks_like_a_pickle_is_no_pickle(length, tmp_path):
-    names = {}
-    for letters in range(1, length):
-        path = save(tmp_path / "w.safetensors", {"x" * letters: torch.ones(1), **names})
-        if int.from_bytes(path.read_bytes()[:8], "little") >= length:
-            break
-        if letters < length - 200:
-            continue
-    names = "x" * letters
-    assert int.from_bytes(path.read_bytes()[:8], "little") == length
-    assert torch.equal(load(path)[names], torch.ones(1))
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 19280, 640 + 65536])
+def test_a_header_whose_length_looks_like_a_pickle_is_no_pickle(length, written):
+    path = written(raw(json.dumps({"a": entry()}).encode().ljust(length), b"1234"))
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
+    assert load(path)["a"].shape == (1,)
 
 
 def test_a_checkpoint_is_a_lazy_mapping(tmp_path, monkeypatch):
@@ -190,7 +183,7 @@ def test_an_index_names_files_of_its_folder_only(name, tmp_path):
     folder = tmp_path / "m"
     folder.mkdir()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(BadCheckpoint, match="not a file of that folder|is damaged"):
+    with pytest.raises(BadCheckpoint, match=r"not a file of that folder|is damaged"):
         load(folder)
 
 
@@ -441,13 +434,17 @@ def test_the_writer_keeps_to_its_plan(tmp_path):
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_atomic_leaves_no_trace_of_a_failure(folder, tmp_path):
-    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "out") as partial:
-        if folder:
-            partial.mkdir()
-            (partial / "x").write_text("half")
-        else:
-            partial.write_text("half")
-        raise KeyboardInterrupt
+    def interrupted():
+        with atomic(tmp_path / "out") as partial:
+            if folder:
+                partial.mkdir()
+                (partial / "x").write_text("half")
+            else:
+                partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not list(tmp_path.iterdir())
     with atomic(tmp_path / "out") as partial:
         partial.write_text("whole")

@@ -1,4 +1,4 @@
-"""The kit as a user has it: without the type checks of the tests, which would catch a wrong type before the kit does."""
+"""The kit as a user has it: without the type checks of the tests, which would catch a wrong type first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

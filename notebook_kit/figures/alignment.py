@@ -105,9 +105,9 @@ def alignment_figure(view: AlignmentView, *, y: str = "score") -> go.Figure:
     ]
     title = f"{view.perm}: {moved} of {n} units move"
     layout = {
-        "xaxis2": _columns("unit of B, as it is", [0.46, 0.69]),
+        "xaxis2": _columns("B as it is", [0.46, 0.69]),
         "yaxis2": _rows("unit of A", anchor="x2"),
-        "xaxis3": _columns("unit of B, matched", [0.76, 0.99], anchor="y3"),
+        "xaxis3": _columns("B matched", [0.76, 0.99], anchor="y3"),
         "yaxis3": _rows("", anchor="x3"),
     }
     if view.path is None:

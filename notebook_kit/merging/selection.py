@@ -128,9 +128,9 @@ def _count(magnitudes: Iterable[Tensor], low: float, high: float) -> tuple[int, 
 
 
 def _drop_first(base: Weights, expert: Weights, names: list[str], threshold: float, surplus: int) -> dict[str, int]:
-    """Spread the surplus over the first tied entries, in the order of the names."""
+    """Spread the surplus over the first tied entries, by name: how a dict or a file orders its tensors is no matter."""
     drop = {}
-    for name in names:
+    for name in sorted(names):
         if surplus == 0:
             break
         tied = sum(int((m == threshold).sum()) for m in _magnitudes(base, expert, [name]))
