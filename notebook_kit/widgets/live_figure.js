@@ -294,6 +294,12 @@ class Picture {
     const height = this.compact ? 240 : (layout.height ?? 360);
     const colour = themeText(this.el);
     const out = { uirevision: "keep", ...layout, width, height, font: { ...layout.font, color: colour } };
+    const characters = (layout.title?.text ?? "").length;
+    if (characters) {
+      // A long title gets smaller letters rather than being cut off: one is about half as wide as it is high.
+      const size = layout.title.font?.size ?? 15;
+      out.title = { ...layout.title, font: { ...layout.title.font, size: Math.max(10, Math.min(size, (1.85 * width) / characters)) } };
+    }
     if (this.compact) {
       out.font = { ...out.font, size: 10 };
       out.title = { ...out.title, text: "" };

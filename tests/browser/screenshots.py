@@ -8,9 +8,40 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import nbformat
+
 from tests.browser.lab import running_lab
 
 ROOT = Path(__file__).parents[2]
+
+
+README_CELLS = """
+import torch; torch.set_num_threads(1)
+from notebook_kit import explore
+from notebook_kit.merging import ties
+from notebook_kit.zoo import digit_labels
+bed = digit_labels()
+live = explore(ties, bed.base, bed.experts, score=bed.score)
+for settings in ({"scale": 0.8, "density": 0.7}, {"elect": "none", "scale": 2.0}):
+    live.settings = settings
+    live.pin()
+live.settings = {"elect": "mass", "scale": 0.6, "density": 0.5}
+live
+"""
+
+
+def readme() -> None:
+    """Write docs/explore_ties.png: a live widget with two pinned runs."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(README_CELLS.strip())])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    with tempfile.TemporaryDirectory() as folder:
+        nbformat.write(notebook, Path(folder) / "readme.ipynb")
+        with running_lab(Path(folder)) as lab:
+            lab.open("readme.ipynb", height=1300)
+            lab.run_all()
+            lab.wait_drawn(0)
+            lab.page.wait_for_timeout(2000)
+            lab.page.query_selector(".nbk").screenshot(path=ROOT / "docs" / "explore_ties.png")
 
 
 def main() -> None:
@@ -18,7 +49,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("lessons", nargs="*", help="such as 30_merging; default: all")
     parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--readme", action="store_true")
     options = parser.parse_args()
+    if options.readme:
+        return readme()
     out = ROOT / "screenshots"
     out.mkdir(exist_ok=True)
     suffix = "-dark" if options.dark else ""
