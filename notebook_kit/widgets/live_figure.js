@@ -262,31 +262,59 @@ class Picture {
     const arrays = arraysOf(frame);
     const same = this.frame?.id === frame.id && this.plot._fullLayout;
     this.frame = frame;
-    const cheap = same && frame.data.every((trace) => trace.type === "heatmap");
-    if (cheap) {
-      frame.data.forEach((trace, i) => this.heats[i].fill(trace, arrays[trace.z.$array]));
-    } else {
-      const data = [];
-      this.heats = [];
-      for (const trace of frame.data) {
-        if (trace.type === "heatmap" && "$array" in trace.z) {
-          const bare = { ...rebuilt({ ...trace, z: null }, arrays) };
-          const heat = new Heat(bare, arrays[trace.z.$array]);
-          this.heats.push(heat);
-          data.push(heat.bar());
-        } else data.push(rebuilt(trace, arrays));
-      }
-      const layout = this.layout(rebuilt(frame.layout, arrays));
-      await library.react(this.plot, data, layout, { ...CONFIG, staticPlot: this.compact });
-      if (!this.bound && this.plot.on) {
-        this.bound = true;
-        this.plot.on("plotly_relayout", () => this.paint());
-        this.plot.on("plotly_relayouting", () => this.paint());
-        this.plot.on("plotly_afterplot", () => this.paint());
-      }
-    }
+    if (same) await this.refill(library, frame, arrays);
+    else await this.rebuild(library, frame, arrays);
     this.paint();
     this.el.dataset.drawn = String(Number(this.el.dataset.drawn ?? 0) + 1);
+  }
+
+  // Another figure: everything anew.
+  async rebuild(library, frame, arrays) {
+    const data = [];
+    this.heats = [];
+    for (const trace of frame.data) {
+      if (trace.type === "heatmap" && "$array" in trace.z) {
+        const heat = new Heat(rebuilt({ ...trace, z: null }, arrays), arrays[trace.z.$array]);
+        this.heats.push(heat);
+        data.push(heat.bar());
+      } else data.push(rebuilt(trace, arrays));
+    }
+    const layout = this.layout(rebuilt(frame.layout, arrays));
+    await library.react(this.plot, data, layout, { ...CONFIG, staticPlot: this.compact });
+    if (!this.bound && this.plot.on) {
+      this.bound = true;
+      this.plot.on("plotly_relayout", () => this.paint());
+      this.plot.on("plotly_relayouting", () => this.paint());
+      this.plot.on("plotly_afterplot", () => this.paint());
+    }
+  }
+
+  // The same figure with other numbers, the usual case: half the time of a rebuild; heatmaps alone need no plotly.
+  async refill(library, frame, arrays) {
+    const heats = [...this.heats];
+    let stale = false;
+    frame.data.forEach((trace, i) => {
+      if (trace.type === "heatmap" && "$array" in trace.z) {
+        heats.shift().fill(rebuilt({ ...trace, z: null }, arrays), arrays[trace.z.$array]);
+      } else {
+        Object.assign(this.plot.data[i], rebuilt(trace, arrays));
+        stale = true;
+      }
+    });
+    const title = frame.layout.title?.text ?? "";
+    if (!this.compact && title !== (this.plot.layout.title?.text ?? "")) {
+      this.plot.layout.title = this.title(frame.layout.title, this.plot.layout.width);
+      stale = true;
+    }
+    if (stale) await library.redraw(this.plot);
+  }
+
+  // A long title gets smaller letters rather than being cut off: a letter is about half as wide as it is high.
+  title(title, width) {
+    const characters = (title?.text ?? "").length;
+    if (!characters) return title;
+    const size = Math.max(10, Math.min(title.font?.size ?? 15, (1.85 * width) / characters));
+    return { ...title, font: { ...title.font, size } };
   }
 
   layout(layout) {
@@ -294,12 +322,7 @@ class Picture {
     const height = this.compact ? 240 : (layout.height ?? 360);
     const colour = themeText(this.el);
     const out = { uirevision: "keep", ...layout, width, height, font: { ...layout.font, color: colour } };
-    const characters = (layout.title?.text ?? "").length;
-    if (characters) {
-      // A long title gets smaller letters rather than being cut off: one is about half as wide as it is high.
-      const size = layout.title.font?.size ?? 15;
-      out.title = { ...layout.title, font: { ...layout.title.font, size: Math.max(10, Math.min(size, (1.85 * width) / characters)) } };
-    }
+    out.title = this.title(layout.title, width);
     if (this.compact) {
       out.font = { ...out.font, size: 10 };
       out.title = { ...out.title, text: "" };

@@ -192,14 +192,6 @@ def test_share_button_is_off(lab):
     assert not any("share" in title.lower() or "cloud" in title.lower() for title in titles)
 
 
-def test_saved_notebook_with_ten_pictures_is_small_and_reopens_with_stills(lab):
-    lab.page.evaluate("async () => { await window.jupyterapp.commands.execute('docmanager:save') }")
-    size = lab.page.evaluate(
-        "async (url) => (await (await fetch(url)).text()).length", f"{lab.url}/files/widgets.ipynb"
-    )
-    assert size < 1_000_000
-
-
 def test_theme_change_recolours_text(lab):
     colour = "() => getComputedStyle(document.querySelector('.nbk-plot .xtick text')).fill"
     light = lab.page.evaluate(colour)
@@ -232,3 +224,17 @@ def test_exported_page_works_without_a_kernel(lab, tmp_path):
         assert "density=0.5" in page.text_content(".nbk-code")
     finally:
         page.close()
+
+
+def test_saved_notebook_with_ten_pictures_is_small_and_reopens_with_stills(lab):
+    """The last test: it ends the kernel."""
+    lab.page.evaluate("async () => { await window.jupyterapp.commands.execute('docmanager:save') }")
+    size = lab.page.evaluate(
+        "async (url) => (await (await fetch(url)).text()).length", f"{lab.url}/files/widgets.ipynb"
+    )
+    assert size < 1_000_000
+    assert lab.page.query_selector_all(".nbk-plot"), "saving leaves the live widgets on the page"
+    lab.page.evaluate("async () => { await window.jupyterapp.serviceManager.sessions.shutdownAll() }")
+    lab.open("widgets.ipynb", height=5000)
+    lab.page.wait_for_function("() => document.querySelectorAll('.jp-RenderedImage img').length === 10")
+    assert "model not found" not in lab.page.text_content(".jp-Notebook")

@@ -1,0 +1,36 @@
+from notebook_kit.jupyter.server import VIEW, _load_jupyter_server_extension, keep_stills
+
+
+def model_of(*bundles):
+    outputs = [{"output_type": "display_data", "data": dict(bundle)} for bundle in bundles]
+    return {"type": "notebook", "content": {"cells": [{"cell_type": "code", "outputs": outputs}, {"cell_type": "raw"}]}}
+
+
+def test_a_view_with_a_still_is_saved_as_the_still():
+    model = model_of({VIEW: {"model_id": "a"}, "image/png": "x", "text/plain": "t"})
+    keep_stills(model)
+    assert model["content"]["cells"][0]["outputs"][0]["data"] == {"image/png": "x", "text/plain": "t"}
+
+
+def test_other_widgets_and_files_are_left_alone():
+    model = model_of({VIEW: {"model_id": "a"}, "text/plain": "t"}, {"image/png": "x"})
+    before = model_of({VIEW: {"model_id": "a"}, "text/plain": "t"}, {"image/png": "x"})
+    keep_stills(model)
+    assert model == before
+    keep_stills({"type": "file", "content": "text"})
+    keep_stills({"type": "notebook", "content": None})
+
+
+def test_the_server_calls_it_before_each_save():
+    class Contents:
+        def __init__(self):
+            self.hooks = []
+
+        def register_pre_save_hook(self, hook):
+            self.hooks.append(hook)
+
+    class Server:
+        contents_manager = Contents()
+
+    _load_jupyter_server_extension(Server())
+    assert Server.contents_manager.hooks == [keep_stills]
