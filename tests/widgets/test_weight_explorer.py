@@ -7,8 +7,7 @@ import torch
 from notebook_kit.diagnostics.weights import METRICS
 from notebook_kit.figures.weights import WHOLE, weight_view
 from notebook_kit.weights import IncompatibleWeights
-
-WeightExplorer = pytest.importorskip("notebook_kit.widgets.weight_explorer").WeightExplorer
+from notebook_kit.widgets import WeightExplorer
 
 
 @pytest.fixture
