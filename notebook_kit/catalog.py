@@ -69,6 +69,12 @@ def methods() -> dict[str, Method]:
     return dict(sorted(_methods.items(), key=lambda item: (ROOMS.index(item[1].family), item[0].lower())))
 
 
+def entry_of(obj: Callable) -> Method | None:
+    """The entry of a registered function or class, None for any other; imports nothing, unlike `methods`."""
+    entry = _methods.get(getattr(obj, "__name__", ""))
+    return entry if entry is not None and inspect.unwrap(entry.object) is inspect.unwrap(obj) else None
+
+
 @functools.cache
 def papers() -> dict[str, dict]:
     """papers.toml: slug to title, authors, year, arxiv, venue, code."""

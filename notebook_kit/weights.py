@@ -1,5 +1,6 @@
 """Weights: state dicts as a currency: compared before they are combined, in memory and out of core."""
 
+import functools
 import inspect
 import os
 import shutil
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from notebook_kit.catalog import methods
+from notebook_kit.catalog import entry_of
 from notebook_kit.checkpoints import INDEX, BadCheckpoint, Checkpoint, TensorWriter, atomic, load, save
 from notebook_kit.hyperparameters import hyperparameters, validate
 
@@ -179,6 +180,8 @@ def merge_files(
     Raises:
         IncompatibleWeights, BadCheckpoint, ValueError, FileExistsError: before anything is written, where possible.
     """
+    if isinstance(method, functools.partial):
+        raise TypeError("method must be a function, got a functools.partial: give its hyperparameters to merge_files")
     schema = hyperparameters(method)
     validate(schema, {name: value for name, value in hyperparameter_values.items() if name in schema})
     inspect.signature(method).bind({}, [], **hyperparameter_values)  # a misspelt name fails now, not after a pass
@@ -191,7 +194,7 @@ def merge_files(
     _check_out(base_path, [base, *experts], out_path)
     _check_structure(base, experts, [str(path) for path in expert_paths])
 
-    entry = methods().get(method.__name__)
+    entry = entry_of(method)
     arguments = dict(hyperparameter_values)
     if entry is not None and entry.statistics is not None:
         arguments |= entry.statistics(base, experts, **hyperparameter_values)

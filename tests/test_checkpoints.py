@@ -299,6 +299,7 @@ def test_the_pattern_of_the_hostile_files_is_itself_sound(written):
         (raw({"a": entry((2,), (0, 8)), "b": entry((1,), (4, 8))}, b"12345678"), "'b' starts at byte 4, expected 8"),
         (raw({"a": entry(), "b": entry((1,), (8, 12))}, b"123456789012"), "'b' starts at byte 8, expected 4"),
     ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_a_hostile_file_is_refused_with_its_name(content, text, written):
     path = written(content)

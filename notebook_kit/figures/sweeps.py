@@ -36,7 +36,7 @@ def sweep_view(
     table = best.unstack(by)
     if picture == "map":
         z = table.to_numpy(dtype=np.float32).T
-        span = (float(np.nanmin(z)), float(np.nanmax(z)))
+        span = (float(np.nanmin(z)), float(np.nanmax(z))) if np.isfinite(z).any() else None
         names = [[_name(value) for value in axis] for axis in (table.index, table.columns)]
         trace = heatmap(z, x=names[0], y=names[1], label=measure, limit=span)
         return figure([trace], title=title, x=_words(x), y=_words(by))

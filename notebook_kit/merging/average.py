@@ -50,4 +50,4 @@ def average(
             result.add_(theta, alpha=factor)
         return result
 
-    return tensor_by_tensor(base, experts, mean)
+    return tensor_by_tensor(base, experts, mean, elementwise=True)

@@ -69,14 +69,19 @@ def dare(
     """
     factors = expert_weights(weights, len(experts))
 
+    generators: dict[str, list[torch.Generator]] = {}
+
     def merge(name: str, theta_0: Tensor, thetas: list[Tensor]) -> Tensor:
+        if name not in generators:
+            generators[name] = [tensor_generator(seed, name, i) for i in range(len(thetas))]
         tau = torch.stack(
             [
-                factor * drop_and_rescale(theta - theta_0, density, rescale, tensor_generator(seed, name, i))
-                for i, (factor, theta) in enumerate(zip(factors, thetas, strict=True))
+                factor * drop_and_rescale(theta - theta_0, density, rescale, generator)
+                for factor, theta, generator in zip(factors, thetas, generators[name], strict=True)
             ]
         ).reshape(len(thetas), -1)
         merged = tau.sum(dim=0) if elect == "none" else disjoint_merge(tau, elect_sign(tau, elect), factors, "mean")
         return theta_0 + scale * merged.reshape(theta_0.shape)
 
-    return tensor_by_tensor(base, experts, merge)
+    # The old norm is the whole tensor's; otherwise each entry is treated alone.
+    return tensor_by_tensor(base, experts, merge, elementwise=rescale != "norm")

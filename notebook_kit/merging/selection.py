@@ -57,15 +57,16 @@ def trims(base: Weights, experts: Sequence[Weights], *, density: float, scope: s
 
 def chunks(name: str, base: Weights, experts: Sequence[Weights]) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Walk one tensor in pieces: (where, θ₀ there [n], task vectors there [experts, n]); the buffer is reused."""
-    theta_0 = at_least_float32(base[name]).reshape(-1)
-    thetas = [at_least_float32(expert[name]).reshape(-1) for expert in experts]
-    buffer = torch.empty(len(experts), min(CHUNK, len(theta_0)), dtype=theta_0.dtype)
-    for start in range(0, len(theta_0), CHUNK):
-        where = slice(start, min(start + CHUNK, len(theta_0)))
-        tau = buffer[:, : where.stop - start]
+    whole = base[name].reshape(-1)
+    thetas = [expert[name].reshape(-1) for expert in experts]
+    kind = at_least_float32(whole[:0]).dtype
+    buffer = torch.empty(len(experts), min(CHUNK, len(whole)), dtype=kind)
+    for start in range(0, len(whole), CHUNK):
+        where = slice(start, min(start + CHUNK, len(whole)))
+        tau, theta_0 = buffer[:, : where.stop - start], whole[where].to(kind)
         for row, theta in zip(tau, thetas, strict=True):
-            torch.sub(theta[where], theta_0[where], out=row)
-        yield where, theta_0[where], tau
+            torch.sub(theta[where].to(kind), theta_0, out=row)
+        yield where, theta_0, tau
 
 
 def _select(base: Weights, expert: Weights, names: list[str], density: float) -> Trim:
@@ -120,10 +121,8 @@ def _count(magnitudes: Iterable[Tensor], low: float, high: float) -> tuple[int, 
         return 0, torch.cat([m.clone() for m in magnitudes])
     above, inside = 0, []
     for m in magnitudes:
-        candidates = m[m >= low]
-        within = candidates[candidates <= high]
-        above += len(candidates) - len(within)
-        inside.append(within)
+        above += int(torch.count_nonzero(m > high))
+        inside.append(m[(m >= low).logical_and_(m <= high)])
     return above, torch.cat(inside)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
-from notebook_kit.merging.contract import tensor_by_tensor
+from notebook_kit.merging.contract import PIECE, tensor_by_tensor
 from notebook_kit.weights import Weights, at_least_float32, check, float_keys
 
 PARALLEL = 0.9995
@@ -35,8 +35,8 @@ def model_cosine(base: Weights, experts: Sequence[Weights], *, scope: str = "ten
     _two(experts)
     sums = [0.0, 0.0, 0.0]
     for name in float_keys(base):
-        a, b = (at_least_float32(expert[name]) for expert in experts)
-        sums = [total + part for total, part in zip(sums, _products(a, b), strict=True)]
+        parts = _products(*(expert[name] for expert in experts))
+        sums = [total + part for total, part in zip(sums, parts, strict=True)]
     return {"cos_omega": _ratio(*sums)}
 
 
@@ -73,15 +73,19 @@ def slerp(
         check(base, experts)
         cos_omega = model_cosine(base, experts, scope=scope)["cos_omega"]
 
+    cosines: dict[str, float] = {}
+
     def arc(name: str, theta_0: Tensor, thetas: list[Tensor]) -> Tensor:
         a, b = thetas
-        cos = cosine(a, b) if scope == "tensor" else cos_omega
+        if scope == "tensor" and name not in cosines:
+            cosines[name] = cosine(*(expert[name] for expert in experts))
+        cos = cosines[name] if scope == "tensor" else cos_omega
         if abs(cos) > PARALLEL:
             return torch.lerp(a, b, t)
         omega = math.acos(cos)
         return (math.sin((1 - t) * omega) * a + math.sin(t * omega) * b) / math.sin(omega)
 
-    return tensor_by_tensor(base, experts, arc)
+    return tensor_by_tensor(base, experts, arc, elementwise=True)
 
 
 def _two(experts: Sequence[Weights]) -> None:
@@ -91,7 +95,11 @@ def _two(experts: Sequence[Weights]) -> None:
 
 def _products(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     a, b = a.reshape(-1), b.reshape(-1)
-    return float(a @ b), float(a @ a), float(b @ b)
+    ab = aa = bb = 0.0
+    for start in range(0, len(a), PIECE):
+        x, y = (at_least_float32(tensor[start : start + PIECE]) for tensor in (a, b))
+        ab, aa, bb = ab + float(x @ y), aa + float(x @ x), bb + float(y @ y)
+    return ab, aa, bb
 
 
 def _ratio(ab: float, aa: float, bb: float) -> float:

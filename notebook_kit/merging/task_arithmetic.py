@@ -52,4 +52,4 @@ def task_arithmetic(
             result.add_(theta, alpha=scale * factor)
         return result
 
-    return tensor_by_tensor(base, experts, add)
+    return tensor_by_tensor(base, experts, add, elementwise=True)

@@ -136,30 +136,29 @@ def ties(
     if trim is None:
         trim = trims(base, experts, density=density, scope=scope)
 
-    def merged_with(sign_of_ties: float) -> tuple[dict[str, Tensor], float, float]:
-        result, votes, even = {}, 0.0, 0.0
-        for name, tensor in base.items():
-            if not tensor.is_floating_point():
-                result[name] = tensor.clone()
-                continue
-            out = torch.empty(tensor.numel(), dtype=tensor.dtype)
-            for where, theta_0, tau in trimmed(name, base, experts, trim, factors):
-                gamma = None
-                if elect != "none":
-                    gamma = elect_sign(tau, elect)
-                    cancelled = cancels(tau, gamma)
-                    if float(cancelled.sum()) > 0:
-                        even, votes = even + 1, votes + float(gamma.sum())
-                        gamma[cancelled > 0] = sign_of_ties
-                    elif tie_sign is None:
-                        votes += float(gamma.sum())
-                out[where] = disjoint_merge(tau, gamma, factors, combine).mul_(scale).add_(theta_0)
-            result[name] = out.reshape(tensor.shape)
-        return result, votes, even
-
-    result, votes, even = merged_with(1.0 if tie_sign is None else tie_sign)
-    if tie_sign is None and even and votes < 0:  # masses cancelled somewhere, and the majority is negative
-        result, _, _ = merged_with(-1.0)
+    result, votes, if_negative = {}, 0.0, []
+    for name, tensor in base.items():
+        if not tensor.is_floating_point():
+            result[name] = tensor.clone()
+            continue
+        out = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        for where, theta_0, tau in trimmed(name, base, experts, trim, factors):
+            gamma = None
+            if elect != "none":
+                gamma = elect_sign(tau, elect)
+                votes += float(gamma.sum())
+                even = cancels(tau, gamma)
+                if float(even.sum()) > 0:
+                    p = even.nonzero().squeeze(-1)
+                    if tie_sign is None:  # the majority is known at the end: keep what these would be if it is negative
+                        other = disjoint_merge(tau[:, p], gamma[p] - 1, factors, combine).mul_(scale).add_(theta_0[p])
+                        if_negative.append((out, where.start + p, other.to(out.dtype)))
+                    gamma[p] = 1.0 if tie_sign is None else tie_sign
+            out[where] = disjoint_merge(tau, gamma, factors, combine).mul_(scale).add_(theta_0)
+        result[name] = out.reshape(tensor.shape)
+    if votes < 0:
+        for out, places, values in if_negative:
+            out[places] = values
     return result
 
 

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def sweep(
     *args,
     grid: Mapping[str, Sequence],
     score: Callable | None = None,
-    executor: Executor | None = None,
+    executor: object = None,
     progress: bool = True,
     **fixed,
 ) -> SweepResult:

@@ -66,7 +66,7 @@ def test_one_look(method):
     seen = [(98304, "merge", True, -1.0), (view.parameters[1], method, False, -1.5)]
     below = [trace for trace in expert_merge_figure(view, -1.5, seen=seen).data if trace.xaxis == "x3"]
     assert sum(len(trace.x) for trace in below) == 2
-    assert [list(trace.marker.symbol) for trace in below if trace.name == method][0][-1] == "x"
+    assert next(trace.marker.symbol for trace in below if trace.name == method)[-1] == "x"
     assert max(trace.x.max() for trace in below if len(trace.x)) == 1
 
 

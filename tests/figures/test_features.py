@@ -14,7 +14,8 @@ def titles(figure):
 def test_cka_squares_share_one_scale():
     frame = pd.DataFrame([[1.0, 0.2], [0.3, 0.9]], index=["a", "b"], columns=["a", "b"])
     figure = cka_figure({"B": frame, "matched": frame * 0.5}, title="t")
-    assert [trace.zmax for trace in figure.data] == [1.0, 1.0]
+    assert [(trace.zmin, trace.zmax) for trace in figure.data] == [(0.0, 1.0)] * 2
+    assert cka_figure({"B": frame + 0.5}).data[0].zmin == 0.6
     assert {"B", "matched", "layer of A"} <= titles(figure)
     np.testing.assert_allclose(figure.data[1].z, frame.to_numpy() * 0.5, rtol=1e-6)
 

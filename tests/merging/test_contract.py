@@ -1,6 +1,7 @@
 """What every merge of the first five promises, whatever its rule: checked for all of them."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -69,6 +70,22 @@ def test_low_precision_is_rounded_once_at_the_end(merge):
     merged = merge(base, experts)
     for key in ("layer.weight", "scalar"):
         assert torch.equal(merged[key], wide[key].bfloat16())
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pieces_change_nothing_but_rounding(merge, dtype, monkeypatch):
+    base, experts = {"w": torch.randn(9, 7).to(dtype)}, [{"w": torch.randn(9, 7).to(dtype)} for _ in range(2)]
+    whole = merge(base, experts)["w"]
+    for module, size in (("contract", "PIECE"), ("slerp", "PIECE"), ("selection", "CHUNK")):
+        monkeypatch.setattr(sys.modules[f"notebook_kit.merging.{module}"], size, 10)
+    random = getattr(merge, "func", merge) is dare
+    if not random:  # the same seed draws other numbers when it draws them ten at a time
+        torch.testing.assert_close(merge(base, experts)["w"], whole)
+    else:
+        assert torch.equal(merge(base, experts)["w"], merge(base, experts)["w"])
+        kept = merge(base, experts, density=1.0, seed=1)["w"]
+        torch.testing.assert_close(kept, merge(base, experts, density=1.0, seed=2)["w"])
 
 
 @every

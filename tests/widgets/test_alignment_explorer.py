@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from notebook_kit import zoo
-from notebook_kit.alignment import permutation_spec
+from notebook_kit.alignment import permutation_spec, random_permutations
 from notebook_kit.diagnostics.alignment import alignment_view
 from notebook_kit.models import MLP
 from notebook_kit.widgets import AlignmentExplorer
@@ -71,3 +71,16 @@ def test_networks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"layers\.0"):
         AlignmentExplorer(bed.base, MLP([64, 16, 16, 10]).state_dict(), permutation_spec(bed.model))
     assert torch.is_tensor(bed.base["layers.0.weight"])
+
+
+def test_a_straight_through_permutation_is_brought_along():
+    bed = zoo.digit_twins(32)
+    (a, b), spec = bed.experts, permutation_spec(bed.model)
+    found = {"straight-through": random_permutations(spec, 1)}
+    shown = AlignmentExplorer(a, b, spec, bed.score, found=found, points=3)
+    options = next(control["options"] for control in shown.controls if control["name"] == "method")
+    assert options == ["weight", "straight-through", "none"]
+    shown.settings = {"method": "straight-through"}
+    assert shown.value.permutations is found["straight-through"]
+    with pytest.raises(ValueError, match=r"straight-through.*takes long"):
+        alignment_view(a, b, spec, method="straight-through")
