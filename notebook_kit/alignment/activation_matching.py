@@ -26,7 +26,8 @@ def activation_matching(
 
     For each permutation of n entries, both models see the same inputs; with z_A, z_B [N, n] what the next linear
     layer reads (after the nonlinearity), C is Pearson's correlation of their columns and the permutation is the best
-    assignment, Σ_i C[i, p[i]] → max. One pass, no iteration. Entries of several rows (heads) and several readers
+    assignment, Σ_i C[i, p[i]] → max. One pass, no iteration. For channels every place of the maps is an input of its
+    own, N·h·w rows. Entries of several rows (heads) and several readers
     (the residual stream) add their correlations up. Gated units have a free sign: there |C|, and the sign with it.
 
     Args:
@@ -137,6 +138,7 @@ class _Moments:
         return torch.where(scale > 1e-10, covariance / scale.clamp(min=1e-10), 0.0)
 
 
+LAYERS = (nn.Linear, nn.Conv2d)
 Key = tuple[str, ...]
 Place = tuple[Key, Part, list[Part]]
 
@@ -161,7 +163,7 @@ def _places(spec: PermutationSpec, model: nn.Module) -> dict[str, list[Place]]:
             if part.slice is not None and leaf == "down_proj" and hasattr(modules[module], "act_fn"):
                 sides["input"].append((("expert", module, str(part.slice[1])), replace(part, slice=None), before))
             # An expert in a list sees other tokens in each model: its rows cannot be paired.
-            elif leaf == "weight" and isinstance(modules.get(module), nn.Linear) and ".experts." not in module:
+            elif leaf == "weight" and isinstance(modules.get(module), LAYERS) and ".experts." not in module:
                 side = "input" if axis == 1 else "output"
                 sides[side].append(((side, module), part, before))
         found[perm] = sides["input"] or sides["output"]
@@ -170,7 +172,7 @@ def _places(spec: PermutationSpec, model: nn.Module) -> dict[str, list[Place]]:
     if blind:
         raise ValueError(
             f"activation_matching cannot capture the activations of {', '.join(blind[:5])} in {type(model).__name__}: "
-            "it watches nn.Linear layers and fused experts; use weight_matching, or a spec without them"
+            "it watches nn.Linear and nn.Conv2d layers and fused experts; use weight_matching, or a spec without them"
         )
     return found
 
@@ -195,14 +197,14 @@ def _run(model: nn.Module, batch, taps: Iterable[Key]) -> dict[Key, Tensor]:
     def keep_input(key):
         def hook(module, args, kwargs):
             inputs = (*args, *kwargs.values())
-            seen[key] = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+            seen[key] = rows_of(module, inputs[0])
             if key[0] == "experts":
                 seen["chosen", key[1]] = inputs[1]
 
         return hook
 
     def keep_output(key):
-        return lambda module, args, output: seen.__setitem__(key, output.detach().reshape(-1, output.shape[-1]))
+        return lambda module, args, output: seen.__setitem__(key, rows_of(module, output))
 
     keys = {key if key[0] != "expert" else ("experts", key[1]) for key in taps}
     modules, was_training = dict(model.named_modules()), model.training
@@ -220,6 +222,13 @@ def _run(model: nn.Module, batch, taps: Iterable[Key]) -> dict[Key, Tensor]:
         for handle in handles:
             handle.remove()
     return seen
+
+
+def rows_of(module: nn.Module, z: Tensor) -> Float[Tensor, "n features"]:
+    """Features as columns; each place of a convolution's maps [n, c, h, w] is a row of its own."""
+    z = z.detach()
+    z = z.movedim(1, -1) if isinstance(module, nn.Conv2d) else z
+    return z.reshape(-1, z.shape[-1])
 
 
 def hidden_activations(experts: nn.Module, e: int, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens f"]:

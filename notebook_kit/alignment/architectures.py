@@ -6,7 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from notebook_kit.alignment.conv_nets import chain_spec, children_of, resnet_spec
 from notebook_kit.alignment.spec import Part, PermutationSpec
+from notebook_kit.alignment.t5 import t5
 
 FULL_WIDTH_QK_NORM = ("olmoe", "olmo2", "olmo3")
 LLAMA_LIKE = (
@@ -21,40 +23,47 @@ LLAMA_LIKE = (
     "olmoe",
     "deepseek_v3",
 )
-SUPPORTED = (*LLAMA_LIKE, "bert", "vit")
+SUPPORTED = (*LLAMA_LIKE, "bert", "vit", "t5", "mt5", "resnet")
 RESIDUAL = "residual"
-# Modules in an nn.Sequential that act on each unit alone.
-UNITWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Dropout, nn.Identity)
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d)
 
 
 def permutation_spec(
-    model_or_config, *, weights: Mapping[str, Tensor] | None = None, residual: bool = False
+    model_or_config,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    residual: bool = False,
+    expert_order: bool = False,
 ) -> PermutationSpec:
     """Say which axes of a network's weights must be permuted together.
 
     Hidden units of feed-forward layers (gate rows, up rows, down columns share one permutation; each expert has its
     own), whole attention heads (a key-value head takes its group of query heads along, which may also be reordered
-    among themselves; nothing moves inside a head, where rotary positions live), and optionally the residual stream.
+    among themselves; nothing moves inside a head, where rotary positions live), channels of convolutions with their
+    batch norm, and optionally the residual stream.
 
     Args:
-        model_or_config: an `MLP`, an `nn.Sequential` of linear layers, a transformers model, or its configuration.
+        model_or_config: an `MLP`, an `nn.Sequential` of linear layers and convolutions (such as `VGG`), a `ResNet`, a
+            transformers model, or its configuration.
         weights: state dict or `Checkpoint` whose names to use, when they are not the model's (files of Mixtral keep
             one tensor per expert).
-        residual: permute the residual stream too: one permutation for the whole stack.
+        residual: permute the residual stream too: one permutation for the whole stack; in a ResNet one for each
+            stretch between shortcuts.
+        expert_order: permute the routed experts of each layer, too, with their router rows; each one's units move
+            within it. Only where experts are fused tensors. Matching it by weights takes E² assignments a layer.
 
     Returns:
         PermutationSpec.
 
     Raises:
-        ValueError: an architecture that is not known; the text lists those that are.
+        ValueError: an architecture that is not known; the text lists those that are. An order of experts where there
+            is none.
 
     Source: after the specs of samuela/git-re-basin; those for transformers follow from the architectures.
     """
     config = getattr(model_or_config, "config", model_or_config)
     kind = getattr(config, "model_type", None)
     if kind is None:
-        return _mlp(model_or_config)
+        return _ours(model_or_config, residual)
     # A model merged by this kit keeps its experts' layout under a name of its own.
     kind = kind.removeprefix("mapped_")
     if kind not in SUPPORTED:
@@ -64,10 +73,15 @@ def permutation_spec(
         )
     if weights is None:
         weights = (model_or_config if isinstance(model_or_config, nn.Module) else _hollow(config)).state_dict()
+    if kind == "resnet":
+        return resnet_spec(weights, residual, kind)
     table = _Table({name: len(_shape(weights, name)) for name in weights}, config, RESIDUAL if residual else None)
-    {"bert": _bert, "vit": _vit}.get(kind, _llama)(table, kind, config)
+    table.expert_order = expert_order
+    {"bert": _bert, "vit": _vit, "t5": t5, "mt5": t5}.get(kind, _llama)(table, kind, config)
     if residual:
         table.sizes[RESIDUAL] = config.hidden_size
+    if expert_order and not any(perm.endswith(".order") for perm in table.sizes):
+        raise ValueError(f"{kind} has no routed experts that could be reordered: use expert_order=False")
     return PermutationSpec(table.axes, table.sizes, inside=table.inside, description=kind)
 
 
@@ -79,6 +93,7 @@ class _Table:
         self.rows: dict[str, list[list[Part]]] = {}
         self.sizes: dict[str, int] = {}
         self.inside: dict[str, tuple[str, int]] = {}
+        self.expert_order = False
 
     @property
     def axes(self) -> dict[str, tuple]:
@@ -138,15 +153,30 @@ class _Table:
         self.linear(up, (Part(perm, signs=(True,)),), self.r)
         self.linear(down, self.r, (Part(perm, signs=(True,)),))
 
+    def order(self, perm: str, prefix: str, n_experts: int) -> None:
+        """The order of a layer's experts: router rows, their bias, and the first axis of the fused tensors."""
+        grouped = (getattr(self.config, "n_group", None) or 1) > 1
+        merged = getattr(self.config, "expert_map", None) is not None
+        if grouped or merged or f"{prefix}.experts.gate_up_proj" not in self.dims:
+            why = "its router picks groups of experts first" if grouped else "they are merged, or one tensor each"
+            raise ValueError(f"the experts of {prefix!r} cannot be reordered ({why}): use expert_order=False")
+        self.sizes[perm] = n_experts
+        for name in ("gate.weight", "gate.e_score_correction_bias", "experts.gate_up_proj", "experts.down_proj"):
+            self.put(f"{prefix}.{name}", 0, Part(perm), optional=True)
+
     def experts(self, perm: str, prefix: str, n_experts: int, n: int) -> None:
         """Routed experts, fused or one by one; each has its own permutation."""
         self.put(f"{prefix}.gate.weight", 1, *self.r, optional=True)
         stacked = f"{prefix}.experts.gate_up_proj"
+        if self.expert_order:
+            self.order(f"{perm}.order", prefix, n_experts)
         if stacked in self.dims:
             self.put(stacked, 2, *self.r)
             self.put(f"{prefix}.experts.down_proj", 1, *self.r)
         for e in range(n_experts):
             name = f"{perm}.{e}"
+            if self.expert_order:
+                self.inside[name] = (f"{perm}.order", e)
             if stacked in self.dims:  # (E, 2f, d), first f rows gate, last f rows up; (E, d, f)
                 self.sizes[name] = n
                 self.put(stacked, 1, Part(name, signs=(False, True), slice=(0, e)))
@@ -258,41 +288,21 @@ def _vit(table: _Table, kind: str, config) -> None:
             table.stream(f"{norm}.weight", f"{norm}.bias")
 
 
-def _mlp(model: nn.Module) -> PermutationSpec:
-    """Linear layers one after another; between them only what acts on each unit alone, and norms."""
-    from notebook_kit.models import MLP
+def _ours(model: nn.Module, residual: bool) -> PermutationSpec:
+    """A network of the kit, or an nn.Sequential."""
+    from notebook_kit.models import MLP, ResNet
 
     if isinstance(model, MLP):
-        chain = [(f"layers.{i}", layer) for i, layer in enumerate(model.layers)]
-    elif isinstance(model, nn.Sequential):
-        chain = list(model.named_children())
-    else:
-        raise ValueError(
-            f"no permutation spec for {type(model).__name__}: known are MLP, nn.Sequential of linear layers, and "
-            f"transformers models of type {', '.join(SUPPORTED)}; write one with PermutationSpec(axes, sizes)"
-        )
-    linears = [place for place, (_, layer) in enumerate(chain) if isinstance(layer, nn.Linear)]
-    if len(linears) < 2:
-        raise ValueError(f"{type(model).__name__} has {len(linears)} linear layers: hidden units need two")
-    axes: dict[str, list] = {}
-    sizes, last = {}, None
-    for place, (name, layer) in enumerate(chain):
-        if isinstance(layer, nn.Linear):
-            new = None if place == linears[-1] else name
-            axes[f"{name}.weight"] = (new, last)
-            if layer.bias is not None:
-                axes[f"{name}.bias"] = (new,)
-            if new is not None:
-                sizes[new] = layer.out_features
-            last = new
-        elif isinstance(layer, NORMS):
-            axes |= {f"{name}.{key}": (last,) for key, value in layer.state_dict().items() if value.dim() == 1}
-        elif not isinstance(layer, UNITWISE):
-            raise ValueError(
-                f"layer {name!r} is a {type(layer).__name__}, which may mix units; in an nn.Sequential only Linear, "
-                f"{', '.join(kind.__name__ for kind in (*UNITWISE, *NORMS))} are understood"
-            )
-    return PermutationSpec(axes, sizes, description=type(model).__name__)
+        return chain_spec(model, [(f"layers.{i}", layer) for i, layer in enumerate(model.layers)])
+    if isinstance(model, nn.Sequential):
+        return chain_spec(model, children_of(model))
+    if isinstance(model, ResNet):
+        return resnet_spec(model.state_dict(), residual, "ResNet")
+    raise ValueError(
+        f"no permutation spec for {type(model).__name__}: known are MLP, VGG, ResNet, nn.Sequential of linear layers "
+        f"and convolutions, and transformers models of type {', '.join(SUPPORTED)}; write one with "
+        "PermutationSpec(axes, sizes)"
+    )
 
 
 def _n_experts(config, dims: dict[str, int], mlp: str, layer: int) -> int:

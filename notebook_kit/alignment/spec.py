@@ -4,7 +4,7 @@ A permutation is an index vector p of length n. Applying it takes entry p[i] to 
 it; the rows that make a hidden unit and the columns that read it move together, so the function does not change.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,10 @@ class PermutationSpec:
             of parts applied in order. Parameters that are not named never move.
         sizes: permutation name to its number of entries n.
         inside: permutation name to (outer permutation, place) for one that acts within one entry of another, as
-            query heads do within their key-value group; parts of the outer one come first on an axis.
+            query heads do within their key-value group, and units within an expert; parts of the outer one come first
+            on an axis.
+        passive: tensors that move along but say nothing about which units are alike, such as the running statistics
+            of batch norm: matching by weights does not look at them.
         description: what it was made for, shown by repr.
 
     Raises:
@@ -70,9 +73,11 @@ class PermutationSpec:
         sizes: Mapping[str, int],
         *,
         inside: Mapping[str, tuple[str, int]] | None = None,
+        passive: Iterable[str] = (),
         description: str = "",
     ):
         self.sizes, self.inside, self.description = dict(sizes), dict(inside or {}), description
+        self.passive = frozenset(passive)
         self.axes: dict[str, tuple[tuple[Part, ...], ...]] = {
             name: tuple(_parts(entry) for entry in entries) for name, entries in axes.items()
         }
@@ -243,11 +248,14 @@ def invert(spec: PermutationSpec, permutations: Mapping[str, Tensor]) -> Permuta
     spec.check_permutations(permutations)
     signs = getattr(permutations, "signs", {})
     result = Permutations({perm: torch.argsort(index) for perm, index in permutations.items()})
-    for perm, sign in signs.items():
-        result.signs[perm] = sign[result[perm]] if perm in result else sign
-    for perm, source in _inner(spec, result):
-        # What sat in place `source` came from here: its order is undone there.
+    # What sits in a place of an outer permutation came from another: its order, and its signs, are undone there.
+    sources = dict(_inner(spec, result))
+    for perm, source in sources.items():
         result[perm] = torch.argsort(_get(spec, permutations, source))
+    for perm in spec.sizes:
+        sign = signs.get(sources.get(perm, perm))
+        if sign is not None:
+            result.signs[perm] = sign[_get(spec, result, perm)]
     return result
 
 
@@ -265,15 +273,15 @@ def compose(spec: PermutationSpec, outer: Mapping[str, Tensor], inner: Mapping[s
     spec.check_permutations(outer)
     spec.check_permutations(inner)
     names = [perm for perm in spec.sizes if perm in outer or perm in inner or perm in spec.inside]
-    result = Permutations({perm: _get(spec, inner, perm)[_get(spec, outer, perm)] for perm in names})
+    sources = dict(_inner(spec, outer))
+    result = Permutations({perm: _get(spec, inner, sources.get(perm, perm))[_get(spec, outer, perm)] for perm in names})
     for perm in spec.sizes:
-        first, second = (getattr(p, "signs", {}).get(perm) for p in (inner, outer))
+        first = getattr(inner, "signs", {}).get(sources.get(perm, perm))
+        second = getattr(outer, "signs", {}).get(perm)
         if first is not None or second is not None:
             one = torch.ones(spec.sizes[perm])
             moved = (one if first is None else first)[_get(spec, outer, perm)]
             result.signs[perm] = moved * (one if second is None else second)
-    for perm, source in _inner(spec, outer):
-        result[perm] = _get(spec, inner, source)[_get(spec, outer, perm)]
     return result
 
 

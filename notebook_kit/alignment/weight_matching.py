@@ -8,11 +8,13 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from notebook_kit.alignment.expert_order import experts_inside, match_experts
 from notebook_kit.alignment.spec import (
     Part,
     Permutations,
     PermutationSpec,
     apply_part,
+    permute,
     permute_tensor,
     signed_permutations,
 )
@@ -33,6 +35,7 @@ def weight_matching(
     max_iter: Annotated[int, Range(1, 100)] = 100,
     signs: bool = True,
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0,
+    start: Permutations | None = None,
 ) -> Permutations:
     """Find the permutations of b's hidden units that make its weights most alike to a's.
 
@@ -52,6 +55,7 @@ def weight_matching(
         max_iter: sweeps over all permutations. One hidden layer is solved exactly by the first.
         signs: use the free sign of gated units, where the spec has them.
         seed: of the visiting order.
+        start: permutations to begin with; the identity when None.
 
     Returns:
         Permutations: name to index vector, so that `permute(spec, result, b)` lies near a. `.objective` is the
@@ -74,8 +78,14 @@ def weight_matching(
     signed = set(signed_permutations(spec)) if signs else set()
     found = Permutations({perm: torch.arange(n) for perm, n in spec.sizes.items()})
     active = Permutations()  # those that are not the identity: applying them costs a copy
-    found.objective.append(sum(_dot(a[name], b[name]) for name in spec.axes))
-    neighbours = _neighbours(spec)
+    if start is not None:
+        spec.check_permutations(start)
+        for one in (found, active):
+            one.update(start)
+            one.signs.update({perm: sign for perm, sign in start.signs.items() if perm in signed})
+    moved = b if start is None else permute(spec, active, b)
+    found.objective.append(sum(_dot(a[name], moved[name]) for name in spec.axes if name not in spec.passive))
+    neighbours, nested = _neighbours(spec), experts_inside(spec)
     stale, names = set(spec.sizes), list(spec.sizes)
     for _ in range(max_iter):
         order = [names[i] for i in torch.randperm(len(names), generator=generator)]
@@ -84,17 +94,30 @@ def weight_matching(
                 continue
             stale.discard(perm)
             plain, free = similarity(spec, perm, a, b, active, signs=perm in signed)
-            total = plain if free is None else plain + free.abs()
+            total, pairs = plain if free is None else plain + free.abs(), []
+            if perm in nested:
+                value, pairs = match_experts(spec, nested[perm], a, b, active, signed)
+                total = plain + value
             index = torch.from_numpy(linear_sum_assignment(total.cpu().numpy(), maximize=True)[1])
             old, places = found[perm], torch.arange(len(index))
-            new_value = total[places, index].double().sum()
+            # Added up in the same way as the old value: rounding is no gain.
+            new_value = plain[places, index].double().sum()
+            new_value += free[places, index].abs().double().sum() if free is not None else 0
+            new_value += value[places, index].sum() if pairs else 0
             old_value = plain[places, old].double().sum()
             if free is not None:
                 old_value += (free[places, old] * found.signs.get(perm, torch.ones(len(old)))).double().sum()
+            if pairs:
+                old_value += sum(_value(spec, unit, a, b, found, active, signed) for unit in nested[perm])
             gain = (new_value - old_value).item()
             if gain <= TOLERANCE * max(1.0, abs(old_value.item())):
                 continue
             found[perm] = active[perm] = index
+            for e, unit in enumerate(nested.get(perm, ())):
+                order, sign = pairs[e][int(index[e])]
+                found[unit] = active[unit] = order
+                if sign is not None:
+                    found.signs[unit] = active.signs[unit] = sign
             if free is not None:
                 sign = torch.where(free[places, index] < 0, -1.0, 1.0)
                 found.signs[perm] = active.signs[perm] = sign
@@ -126,11 +149,20 @@ def similarity(
     plain = first.new_zeros(n, n)
     free = first.new_zeros(n, n) if signs else None
     for name, axis, part in spec.uses[perm]:
+        if name in spec.passive:
+            continue
+        if any(other.slice and spec.inside.get(other.perm, ("",))[0] == perm for _, other in spec.parts(name)):
+            continue  # experts as wholes are compared by `match_experts`
         w_a, w_b = at_least_float32(a[name]), at_least_float32(b[name])
         parts = [entry for entry in spec.parts(name) if entry != (axis, part)]
         if part.slice is not None:  # one expert: only its slice is read
-            w_a, w_b = w_a.narrow(*part.slice, 1), w_b.narrow(*part.slice, 1)
-            parts = [(x, _first(other)) for x, other in parts if other.slice in (None, part.slice)]
+            outer, source = spec.inside.get(perm, (None, 0))[0], part.slice[1]
+            if outer in others:  # which of b's experts sits there
+                source = int(others[outer][source])
+            w_a, w_b = w_a.narrow(*part.slice, 1), w_b.narrow(part.slice[0], source, 1)
+            parts = [
+                (x, _first(other)) for x, other in parts if other.slice in (None, part.slice) and other.perm != outer
+            ]
             part = _first(part)
         parts = [(x, other) for x, other in parts if other.perm != perm]
         later = [other for x, other in parts if x == axis and spec.inside.get(other.perm, ("",))[0] == perm]
@@ -155,7 +187,7 @@ def _first(part: Part) -> Part:
 def _neighbours(spec: PermutationSpec) -> dict[str, set[str]]:
     """Which similarities change when a permutation does: those that share an entry of a tensor with it."""
     table = {perm: set() for perm in spec.sizes}
-    for name in spec.axes:
+    for name in spec.axes:  # a passive tensor has one axis, so it relates no two permutations
         parts = [part for _, part in spec.parts(name)]
         for one in parts:
             table[one.perm] |= {
@@ -164,6 +196,16 @@ def _neighbours(spec: PermutationSpec) -> dict[str, set[str]]:
                 if two.perm != one.perm and (not one.slice or not two.slice or one.slice == two.slice)
             }
     return table
+
+
+def _value(spec, perm: str, a: Weights, b: Weights, found: Permutations, active: Permutations, signed: set) -> float:
+    """What one permutation adds to the objective as it stands."""
+    plain, free = similarity(spec, perm, a, b, active, signs=perm in signed)
+    places, index = torch.arange(len(plain)), found[perm]
+    value = plain[places, index].double().sum()
+    if free is not None:
+        value += (free[places, index] * found.signs.get(perm, torch.ones(len(index)))).double().sum()
+    return value.item()
 
 
 def _dot(w_a: Tensor, w_b: Tensor) -> float:

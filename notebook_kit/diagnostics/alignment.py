@@ -170,7 +170,7 @@ def alignment_view(
     spec: PermutationSpec,
     score: Callable[[Weights], float] | None = None,
     *,
-    method: Annotated[str, Choice("weight", "activation", "none")] = "weight",
+    method: Annotated[str, Choice("weight", "activation", "straight-through", "none")] = "weight",
     layer: Annotated[int, Range(0, 4095)] = 0,
     t: Annotated[float, Range(0, 1, step=0.05)] = 0.5,
     points: Annotated[int, Range(3, 51)] = 11,
@@ -178,6 +178,7 @@ def alignment_view(
     seed: Annotated[int, Range(0, 99)] = 0,
     models: Sequence | None = None,
     batches: Sequence | None = None,
+    found: Mapping[str, Permutations] | None = None,
     cache: dict | None = None,
 ) -> AlignmentView:
     """Match b to a and look at the units of one layer and at the line between the two.
@@ -187,7 +188,8 @@ def alignment_view(
         b: state dict that is brought into it.
         spec: from `permutation_spec`.
         score: state dict to a number, higher is better; without it there is no line to draw.
-        method: match by weights, by activations (needs models and batches), or not at all.
+        method: match by weights, by activations (needs models and batches), straight through (slow: needs to be in
+            `found`), or not at all.
         layer: number of the permutation whose units are shown, in the order of the spec.
         t: place on the line to mark.
         points: places on the line where it is scored.
@@ -195,13 +197,14 @@ def alignment_view(
         seed: of the visiting order.
         models: the two models, for activations.
         batches: inputs, for activations.
+        found: method to permutations that are known already, such as {"straight-through": straight_through(...)}.
         cache: remembers matchings and lines from call to call.
 
     Returns:
         AlignmentView.
 
     Raises:
-        ValueError: no such layer; activations without models and batches.
+        ValueError: no such layer; activations without models and batches; straight-through that is not in `found`.
     """
     names = list(spec.sizes)
     if layer >= len(names):
@@ -217,7 +220,9 @@ def alignment_view(
         check(a, [b], names=["b"])
         cache["checked"] = True
     how = (method, signs, seed)
-    permutations = known(("permutations", *how), lambda: _match(spec, a, b, method, signs, seed, models, batches))
+    permutations = (found or {}).get(method) or known(
+        ("permutations", *how), lambda: _match(spec, a, b, method, signs, seed, models, batches)
+    )
     aligned = known(("aligned", *how), lambda: permute(spec, permutations, b))
     perm = names[layer]
     before = known(("units", perm), lambda: unit_similarity(spec, perm, a, b, Permutations()).numpy())
@@ -242,6 +247,8 @@ def _match(spec, a, b, method, signs, seed, models, batches) -> Permutations:
         return weight_matching(spec, a, b, signs=signs, seed=seed)
     if method == "none":
         return Permutations({perm: torch.arange(n) for perm, n in spec.sizes.items()})
+    if method == "straight-through":
+        raise ValueError('method="straight-through" takes long: give found={"straight-through": straight_through(...)}')
     if models is None or batches is None:
         raise ValueError('method="activation" needs models=(model_a, model_b) and batches=[...] (alignment_view)')
     return activation_matching(spec, *models, batches, signs=signs)

@@ -16,14 +16,22 @@ from notebook_kit.expert_merging import (
     LayerPlan,
     apply_plan,
     average_group,
-    drop_experts,
+    best_subset,
+    calibration_inputs,
     expert_similarity,
     expert_view,
+    output_statistics,
+    plan_hc_smoe,
     plan_m_smoe,
+    plan_sub_moe,
     usage_of,
 )
-from notebook_kit.expert_merging.align_experts import expert_of, expert_spec
+from notebook_kit.expert_merging.align_experts import expert_of, spec_of
+from notebook_kit.expert_merging.hc_smoe import LINKAGES
 from notebook_kit.expert_merging.m_smoe import SIMILARITIES
+from notebook_kit.expert_merging.outputs import Inputs
+from notebook_kit.expert_merging.plan import check_n_experts, dominant_experts
+from notebook_kit.expert_merging.router_rows import keep_rows
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.routing import RoutingTrace
 
@@ -80,6 +88,22 @@ def expert_sizes(model: nn.Module) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "rows", "experts", "parameters", "bytes"])
 
 
+def subset_losses_frame(
+    model: nn.Module, trace: RoutingTrace, *, n_experts: int = 4, layer: int = 0, inputs: Inputs | None = None
+) -> pd.DataFrame:
+    """The loss table behind `drop_experts(by="reconstruction")`, best set first.
+
+    Returns:
+        DataFrame: kept, loss.
+    """
+    inputs = calibration_inputs(model, trace, None, most=2048) if inputs is None else inputs
+    one = expert_view(model)[layer]
+    _, losses = best_subset(one, inputs[one.name][0], trace, n_experts)
+    frame = pd.DataFrame({"kept": losses.keys(), "loss": losses.values()})
+    frame = frame[frame["kept"].map(len) == n_experts]
+    return frame.sort_values("loss", kind="stable", ignore_index=True)
+
+
 def similarity_matrix(
     model: nn.Module, trace: RoutingTrace, layer: int = 0, basis: str = "router-logits"
 ) -> np.ndarray:
@@ -126,6 +150,9 @@ def compare_expert_merges(
     return pd.DataFrame(rows, columns=["n_experts", "method", "score", "parameters"])
 
 
+METHODS = ("merge", "hierarchical", "subspace", "drop", "replace", "reconstruction")
+
+
 @dataclass(frozen=True)
 class ExpertMergeView:
     """One look at a merge of experts.
@@ -138,6 +165,7 @@ class ExpertMergeView:
         dropped: experts that were deleted, in no group.
         similarity: of its experts, Float[experts, experts].
         parameters: stored by all experts of the model, before and after.
+        joins: how its experts join bottom up, as scipy's linkage matrix, with "hierarchical".
     """
 
     model: nn.Module = field(repr=False)
@@ -147,6 +175,7 @@ class ExpertMergeView:
     dropped: tuple[int, ...]
     similarity: np.ndarray = field(repr=False)
     parameters: tuple[int, int]
+    joins: np.ndarray | None = field(repr=False, default=None)
 
     @property
     def order(self) -> list[int]:
@@ -159,10 +188,11 @@ def expert_merge_view(
     trace: RoutingTrace,
     *,
     n_experts: Annotated[int, Range(1, 512)] = 4,
-    method: Annotated[str, Choice("merge", "drop", "replace")] = "merge",
+    method: Annotated[str, Choice(*METHODS)] = "merge",
     align: Annotated[bool | str, Choice(True, False, "activation")] = True,
     similarity: Annotated[str, Choice(*SIMILARITIES)] = "router-logits",
     merge_weights: Annotated[str, Choice("frequency", "uniform", "reversed")] = "frequency",
+    linkage: Annotated[str, Choice(*LINKAGES)] = "average",
     adaptive: bool = False,
     layer: Annotated[int, Range(0, 511)] = 0,
     inputs: Mapping | None = None,
@@ -174,14 +204,16 @@ def expert_merge_view(
         model: a mixture of experts; not modified.
         trace: `record_routing(model)` over calibration text.
         n_experts: experts that each layer stores afterwards; on average where adaptive.
-        method: "merge" (M-SMoE), "drop" (delete the least used, router rows too) or "replace" (delete, and lead their
-            rows to the most similar expert that stays).
-        align: permute hidden units before averaging (merge only).
+        method: "merge" (M-SMoE), "hierarchical" (HC-SMoE), "subspace" (Sub-MoE's clusters), "drop" (delete the least
+            used, router rows too), "replace" (delete, and lead their rows to the most similar expert that stays) or
+            "reconstruction" (delete those whose layer output is missed least).
+        align: permute hidden units before averaging (where there is averaging).
         similarity: what groups experts (merge and replace).
-        merge_weights: how members count (merge only).
-        adaptive: rank experts over all layers together (not with drop).
+        merge_weights: how members count (where there is averaging).
+        linkage: distance of clusters (hierarchical).
+        adaptive: rank experts over all layers together (merge and replace).
         layer: number of the routed layer shown.
-        inputs: from `expert_inputs`, for align="activation".
+        inputs: from `calibration_inputs`; by default made from the trace's text where a method needs them.
         cache: remembers alignments and models from call to call.
 
     Returns:
@@ -194,34 +226,59 @@ def expert_merge_view(
     if layer >= len(layers):
         raise ValueError(f"layer must be in [0, {len(layers) - 1}], got {layer} (expert_merge_view)")
     cache = {} if cache is None else cache
-    usage = usage_of(trace, model)[layers[layer].name]
-    plan = plan_m_smoe(
-        model,
-        trace,
-        n_experts=n_experts,
-        similarity=similarity,
-        merge_weights=merge_weights,
-        adaptive=adaptive,
-        owner="expert_merge_view",
-    )
-    key = (method, n_experts, align, similarity, merge_weights, adaptive)
+    usage = usage_of(trace, model)
+    choices = {"similarity": similarity, "merge_weights": merge_weights, "adaptive": adaptive, "linkage": linkage}
+    key = (method, n_experts, align, *choices.values())
     if cache.get("key") != key:  # moving `layer` alone builds no model
-        if method == "merge":
-            how = {True: "weight", False: "none"}.get(align, align)
+        check_n_experts(n_experts, usage, "expert_merge_view")
+        if align == "activation" or method in ("hierarchical", "subspace", "reconstruction"):
+            inputs = inputs or cache.setdefault("inputs", calibration_inputs(model, trace, None, most=512))
+        plan, kept = _decide(model, trace, method, n_experts, choices, inputs)
+        if kept is not None:
+            cache["model"] = keep_rows(model, kept)
+        else:
+            how = {True: "weight", False: "none"}.get(align, align) if method != "replace" else "none"
             aligner = cache.setdefault(("aligner", how), Aligner(how, inputs=inputs))
             cache["model"] = apply_plan(model, plan, average_group(aligner))
-        elif method == "drop":
-            cache["model"] = drop_experts(model, trace, n_experts=n_experts)
-        else:
-            cache["model"] = apply_plan(model, _without_members(plan), average_group(Aligner("none")))
-        cache["key"] = key
-    shown = plan[layers[layer].name]
-    groups = tuple((leader,) for leader in shown.dominant) if method == "drop" else shown.groups
-    kept = {expert for group in groups for expert in group}
-    dropped = tuple(expert for expert in range(len(usage)) if expert not in kept)
-    s = expert_similarity(layers[layer], trace.layer(layer).logits, similarity).numpy()
+        cache |= {"key": key, "plan": plan, "kept": kept}
+    name = layers[layer].name
+    kept = cache["kept"]
+    groups = cache["plan"][name].groups if kept is None else tuple((e,) for e in kept[name])
+    inside = {expert for group in groups for expert in group}
+    dropped = tuple(expert for expert in range(len(usage[name])) if expert not in inside)
+    joins = None
+    if method in ("hierarchical", "subspace"):
+        cosine, means = output_statistics(layers[layer], (inputs or cache["inputs"])[name][0])
+        s = (1 + cosine) / 2
+        joins = linkage_of(means.numpy(), linkage) if method == "hierarchical" else None
+    else:
+        s = expert_similarity(layers[layer], trace.layer(layer).logits, similarity)
     sizes = tuple(int(expert_sizes(m)["parameters"].sum()) for m in (model, cache["model"]))
-    return ExpertMergeView(cache["model"], layers[layer].name, usage.numpy(), groups, dropped, s, sizes)
+    return ExpertMergeView(cache["model"], name, usage[name].numpy(), groups, dropped, s.numpy(), sizes, joins)
+
+
+def _decide(model, trace, method: str, n_experts: int, choices: dict, inputs) -> tuple[dict | None, dict | None]:
+    """A plan of groups, or the experts that are kept when others are deleted."""
+    if method == "drop":
+        return None, dominant_experts(usage_of(trace, model), n_experts)
+    if method == "reconstruction":
+        layers = expert_view(model)
+        return None, {one.name: best_subset(one, inputs[one.name][0], trace, n_experts)[0] for one in layers}
+    if method == "hierarchical":
+        used = {name: choices[name] for name in ("linkage", "merge_weights")}
+        return plan_hc_smoe(model, trace, inputs, n_experts=n_experts, **used), None
+    if method == "subspace":
+        return plan_sub_moe(model, trace, inputs, n_experts=n_experts, merge_weights=choices["merge_weights"]), None
+    used = {name: choices[name] for name in ("similarity", "merge_weights", "adaptive")}
+    plan = plan_m_smoe(model, trace, n_experts=n_experts, **used)
+    return (_without_members(plan) if method == "replace" else plan), None
+
+
+def linkage_of(points: np.ndarray, linkage: str = "average") -> np.ndarray:
+    """How points join bottom up: scipy's linkage matrix (first, second, distance, size) of n − 1 rows."""
+    from scipy.cluster.hierarchy import linkage as scipy_linkage
+
+    return scipy_linkage(points.astype(np.float64), linkage)
 
 
 def _without_members(plan: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
@@ -266,13 +323,14 @@ def plant_permuted_copies(
             if not 1 <= distinct <= len(layer):
                 raise ValueError(f"distinct must be in [1, {len(layer)}], got {distinct} (plant_permuted_copies)")
             ranked = usage[layer.name].argsort(descending=True, stable=True).tolist()
-            spec = expert_spec(layer.gate.shape[1])
-            parts = {"gate": layer.gate.clone(), "up": layer.up.clone(), "down": layer.down.clone()}
+            spec = spec_of(layer)
+            parts = {name: getattr(layer, name).clone() for name in expert_of(layer, 0)}
             for place, e in enumerate(ranked[distinct:]):
                 original = ranked[place % distinct]
-                permutations = random_permutations(spec, seed=seed + e, signs=True)
+                permutations = random_permutations(spec, seed=seed + e, signs=layer.signed)
                 for name, tensor in permute(spec, permutations, expert_of(layer, original)).items():
                     parts[name][e] = tensor
-                layer.router[e] = router_scale * layer.router[original]
+                for row in layer.router_module.parameters():
+                    row[e] = router_scale * row[original]
             layer.write(**parts)
     return new

@@ -1,15 +1,15 @@
-"""Baselines that expert merging must beat: drop the experts that are used least, or average without alignment."""
+"""Baselines that expert merging must beat: drop the experts that matter least, or average without alignment."""
 
-import copy
+from collections.abc import Iterable
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from notebook_kit.catalog import method
 from notebook_kit.expert_merging.align_experts import Aligner, average_group
 from notebook_kit.expert_merging.m_smoe import SIMILARITIES, expert_similarity, plan_m_smoe
-from notebook_kit.expert_merging.mapped import ARCHITECTURES, shell
+from notebook_kit.expert_merging.outputs import Inputs, calibration_inputs
 from notebook_kit.expert_merging.plan import (
     LayerPlan,
     apply_plan,
@@ -18,6 +18,8 @@ from notebook_kit.expert_merging.plan import (
     group_by_similarity,
     usage_of,
 )
+from notebook_kit.expert_merging.reconstruction import best_subset
+from notebook_kit.expert_merging.router_rows import keep_rows
 from notebook_kit.expert_merging.view import expert_view
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.routing import RoutingTrace
@@ -67,33 +69,40 @@ def drop_experts(
     trace: RoutingTrace,
     *,
     n_experts: Annotated[int, Range(1, 512)] = 4,
-    by: Annotated[str, Choice("frequency", "probability", "random", "reversed")] = "frequency",
+    by: Annotated[str, Choice("frequency", "probability", "reconstruction", "random", "reversed")] = "frequency",
     router: Annotated[str, Choice("drop", "map")] = "drop",
     adaptive: bool = False,
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0,
+    n_calibration: Annotated[int, Range(64, 16384, log=True)] = 2048,
+    batches: Iterable | None = None,
+    inputs: Inputs | None = None,
 ) -> nn.Module:
-    """Keep the experts that are used most and delete the others.
+    """Keep the experts that matter most and delete the others.
 
     Args:
         model: as `m_smoe`.
         trace: `record_routing(model)` over calibration text.
         n_experts: experts that each layer keeps.
-        by: what decides: "frequency" (share of routed slots), "probability" (mean router probability), or a control:
-            "random", "reversed" (the least used stay).
+        by: what decides: "frequency" (share of routed slots), "probability" (mean router probability),
+            "reconstruction" (the set whose layer output is nearest to the whole layer's, see `best_subset`), or a
+            control: "random", "reversed" (the least used stay).
         router: "drop" deletes the router rows too, so that softmax and top-k renormalise over those that stay; "map"
             keeps all rows and leads those of a deleted expert to the kept one whose router logits are most alike.
         adaptive: rank experts over all layers together (router="map" only).
         seed: of by="random".
+        n_calibration: tokens that by="reconstruction" looks at.
+        batches: inputs for by="reconstruction"; the text of the trace by default.
+        inputs: from `calibration_inputs`, to save running the model again.
 
     Returns:
         A new model: with "drop" of the very same class, with fewer experts in its configuration (and fewer chosen
         per token if less than top-k remain); with "map" as `m_smoe`.
 
     Raises:
-        ValueError: as `m_smoe`; adaptive with router="drop"; "drop" on a router with groups of experts, or on a
-            list of experts.
+        ValueError: as `m_smoe`; adaptive with router="drop" or by="reconstruction"; "drop" on a router with groups of
+            experts, or on a list of experts.
 
-    Source: Lu et al. (2024) use frequency as a baseline to reconstruction loss; Lucky-Lance/Expert_Sparsity.
+    Source: Lu et al. (2024), section 3.1, with frequency as its baseline; Lucky-Lance/Expert_Sparsity.
     """
     usage = usage_of(trace, model)
     check_n_experts(n_experts, usage, "drop_experts")
@@ -108,53 +117,18 @@ def drop_experts(
         scores = {name: -shares for name, shares in usage.items()}
     if router == "drop" and adaptive:
         raise ValueError('adaptive keeps another number in each layer, which needs router="map" (drop_experts)')
-    kept = dominant_experts(scores, n_experts, adaptive=adaptive)
+    if by == "reconstruction":
+        if adaptive:
+            raise ValueError('adaptive compares layers, which by="reconstruction" does not (drop_experts)')
+        if inputs is None:
+            inputs = calibration_inputs(model, trace, batches, most=n_calibration)
+        kept = {layer.name: best_subset(layer, inputs[layer.name][0], trace, n_experts)[0] for layer in layers}
+    else:
+        kept = dominant_experts(scores, n_experts, adaptive=adaptive)
     if router == "drop":
-        return _without_rows(model, kept, n_experts)
+        return keep_rows(model, kept)
     plan = {}
     for number, layer in enumerate(layers):
         groups = group_by_similarity(kept[layer.name], expert_similarity(layer, trace.layer(number).logits))
         plan[layer.name] = LayerPlan(groups, tuple((1.0, *(0.0,) * (len(group) - 1)) for group in groups))
     return apply_plan(model, plan, average_group(Aligner("none")))
-
-
-def _without_rows(model: nn.Module, kept: dict[str, list[int]], n_experts: int) -> nn.Module:
-    """Copy a transformers model with the kept experts and router rows only."""
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in ARCHITECTURES:
-        raise ValueError(
-            f'router="drop" needs a transformers model of type {", ".join(ARCHITECTURES)}, got '
-            f'{type(model).__name__}; router="map" works here'
-        )
-    if (getattr(config, "n_group", None) or 1) > 1:
-        raise ValueError(
-            f"{type(model).__name__} picks {config.n_group} groups of experts before experts: rows cannot be deleted "
-            'freely; use router="map"'
-        )
-    config, memo = copy.deepcopy(config), {}
-    memo[id(model.config)] = config
-    setattr(config, ARCHITECTURES[config.model_type][1], n_experts)
-    config.num_experts_per_tok = min(config.num_experts_per_tok, n_experts)
-    for layer in expert_view(model):
-        experts, gate, rows = shell(layer.experts), shell(layer.block.gate), torch.tensor(kept[layer.name])
-        for module in (experts, gate):
-            _keep_rows(module, rows)
-            module.num_experts = n_experts
-        experts.config, gate.top_k = config, config.num_experts_per_tok
-        memo |= {id(layer.experts): experts, id(layer.block.gate): gate}
-    new = copy.deepcopy(model, memo)
-    for layer in expert_view(new):
-        if hasattr(layer.block, "top_k"):
-            layer.block.top_k = config.num_experts_per_tok
-    if hasattr(new, "num_experts"):  # what the balance loss counts with
-        new.num_experts, new.num_experts_per_tok = n_experts, config.num_experts_per_tok
-    return new
-
-
-def _keep_rows(module: nn.Module, rows: Tensor) -> None:
-    """Every parameter and buffer of fused experts and of their router has one entry an expert on its first axis."""
-    module._parameters = {
-        name: nn.Parameter(p.detach()[rows].clone(), requires_grad=p.requires_grad)
-        for name, p in module._parameters.items()
-    }
-    module._buffers = {name: b[rows].clone() for name, b in module._buffers.items()}

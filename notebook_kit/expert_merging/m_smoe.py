@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from notebook_kit.catalog import method
-from notebook_kit.expert_merging.align_experts import Aligner, average_group, expert_inputs
+from notebook_kit.expert_merging.align_experts import Aligner, average_group
+from notebook_kit.expert_merging.outputs import calibration_inputs
 from notebook_kit.expert_merging.plan import (
     LayerPlan,
     apply_plan,
@@ -53,15 +54,16 @@ def m_smoe(
        weights add up.
 
     Args:
-        model: Mixtral, Qwen2/3-MoE, OLMoE or DeepSeek-V3 of transformers, or modules with a list of gated experts.
+        model: Mixtral, Qwen2/3-MoE, OLMoE, DeepSeek-V3 or gpt-oss of transformers, or modules with a list of gated
+            experts.
         trace: `record_routing(model)` over calibration text.
         n_experts: experts that each layer stores afterwards; on average where adaptive.
-        align: permute units before averaging: True or "weight" (weights alone), "activation" (needs batches), False.
+        align: permute units before averaging: True or "weight" (weights alone), "activation", False.
         similarity: what groups experts: router logits on the trace, router rows, or the experts' raw weights.
         merge_weights: how members count: by usage, all alike, or by 1 − usage.
         adaptive: rank experts over all layers together, so that each layer gets its own number.
         signs: use the free sign of gated units when aligning by weights or activations.
-        batches: inputs for align="activation".
+        batches: inputs for align="activation"; the text of the trace by default.
 
     Returns:
         A new model of the same class (transformers: a subclass that save_pretrained and from_pretrained carry, once
@@ -80,7 +82,7 @@ def m_smoe(
         model, trace, n_experts=n_experts, similarity=similarity, merge_weights=merge_weights, adaptive=adaptive
     )
     how = {True: "weight", False: "none"}.get(align, align)
-    inputs = expert_inputs(model, batches or ()) if how == "activation" else None
+    inputs = calibration_inputs(model, trace, batches) if how == "activation" else None
     return apply_plan(model, plan, average_group(Aligner(how, signs=signs, inputs=inputs)))
 
 

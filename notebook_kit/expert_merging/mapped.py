@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 import transformers
@@ -29,14 +30,21 @@ ARCHITECTURES = {
     "qwen3_moe": ("Qwen3Moe", "num_experts"),
     "olmoe": ("Olmoe", "num_experts"),
     "deepseek_v3": ("DeepseekV3", "n_routed_experts"),
+    "gpt_oss": ("GptOss", "num_local_experts"),
 }
-_models: dict[str, type] = {}
+# (family, model type): (configuration, model, the model's base)
+_models: dict[tuple[str, str], tuple[type, type, type]] = {}
 
 
 class MappedExperts:
     """Before a class of fused experts: choices of router rows become choices of stored experts."""
 
+    family = "mapped"
     expert_map: tuple[int, ...]
+
+    def settings(self) -> dict[str, object]:
+        """What a configuration must know of these experts before their weights are loaded."""
+        return {"expert_map": list(self.expert_map)}
 
     def forward(
         self,
@@ -51,19 +59,25 @@ class MappedExperts:
             top_k_index: router rows, 0 to N − 1.
             top_k_weights: what multiplies each one's output.
         """
-        stored = _lookup(self.expert_map, top_k_index.device)[top_k_index]
+        stored = lookup(self.expert_map, top_k_index.device)[top_k_index]
         return super().forward(hidden_states, stored, top_k_weights)
 
 
 class MappedModel:
     """Before a class of models: `config.expert_map`, decoder layer to map, says how many experts each layer stores."""
 
+    fields: ClassVar = {"expert_map": None}
+
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         if not config.expert_map:
             raise ValueError(f"{type(config).__name__} needs expert_map: decoder layer to one stored expert per row")
         for layer in expert_view(self):
-            shrink(layer.experts, config.expert_map[layer_number(layer.name)])
+            self.prepare(layer.experts, layer_number(layer.name))
+
+    def prepare(self, experts: nn.Module, number: str) -> None:
+        """Give the experts of one layer the shapes that the configuration says."""
+        shrink(experts, self.config.expert_map[number])
 
 
 def shrink(experts: nn.Module, expert_map: Sequence[int]) -> nn.Module:
@@ -71,13 +85,12 @@ def shrink(experts: nn.Module, expert_map: Sequence[int]) -> nn.Module:
     stored = max(expert_map) + 1
     if sorted(set(expert_map)) != list(range(stored)):
         raise ValueError(f"expert_map must lead to every stored expert 0..{stored - 1}, got {list(expert_map)}")
-    for name in ("gate_up_proj", "down_proj"):
-        old = getattr(experts, name)
+    for name, old in dict(experts.named_parameters(recurse=False)).items():
         new = torch.empty((stored, *old.shape[1:]), dtype=old.dtype, device=old.device)
         setattr(experts, name, nn.Parameter(new, requires_grad=old.requires_grad))
     experts.num_experts = stored
     if not isinstance(experts, MappedExperts):
-        experts.__class__ = _mapped_class(type(experts))
+        experts.__class__ = class_of(MappedExperts, type(experts))
     experts.expert_map = tuple(int(place) for place in expert_map)
     return experts
 
@@ -91,23 +104,23 @@ def shell(module: nn.Module) -> nn.Module:
     return new
 
 
-def replaced(model: nn.Module, experts: Mapping[str, nn.Module], expert_maps: Mapping[str, Sequence[int]]) -> nn.Module:
+def replaced(model: nn.Module, experts: Mapping[str, nn.Module]) -> nn.Module:
     """Copy a model with other experts in place of its own, which are not copied.
 
     Args:
         model: not modified.
         experts: block name to the new `experts` module.
-        expert_maps: block name to map, for fused experts of a transformers model.
 
     Returns:
-        The new model: of a subclass that saves and loads, where maps are given.
+        The new model: of a subclass that saves and loads, where experts are `MappedExperts`.
     """
     memo = {id(layer.experts): experts[layer.name] for layer in expert_view(model)}
-    fused = any(isinstance(new, MappedExperts) for new in experts.values())
+    families = {getattr(new, "family", None) for new in experts.values()}
+    fused = families != {None}
     if fused:
-        config_class, model_class = _classes(model)
+        config_class, model_class = _classes(model, *families)
         config = config_class.from_dict(model.config.to_dict() | {"model_type": config_class.model_type})
-        config.expert_map = {layer_number(name): list(expert_maps[name]) for name in expert_maps}
+        describe(config, experts)
         config._attn_implementation = model.config._attn_implementation
         config._experts_implementation = model.config._experts_implementation
         memo[id(model.config)] = config
@@ -120,6 +133,13 @@ def replaced(model: nn.Module, experts: Mapping[str, nn.Module], expert_maps: Ma
     return new_model
 
 
+def describe(config, experts: Mapping[str, MappedExperts]) -> None:
+    """Write into a configuration what each layer's experts say of themselves."""
+    settings = {layer_number(name): new.settings() for name, new in experts.items()}
+    for key in next(iter(settings.values())):
+        setattr(config, key, {number: values[key] for number, values in settings.items()})
+
+
 def layer_number(name: str) -> str:
     """The number of the decoder layer in a block's name, as config.json writes it."""
     found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
@@ -128,52 +148,62 @@ def layer_number(name: str) -> str:
     return found[1]
 
 
-def _classes(model: nn.Module) -> tuple[type, type]:
-    known = {kind: classes for kind, classes in _models.items() if type(model) is classes[2]}
-    if not known:
-        names = ", ".join(classes[2].__name__ for classes in _models.values())
-        raise ValueError(
-            f"merged experts of {type(model).__name__} could not be saved and loaded again; known are {names}"
-        )
-    config_class, model_class, _ = next(iter(known.values()))
-    return config_class, model_class
+def _classes(model: nn.Module, family: str) -> tuple[type, type]:
+    # Merged experts may be factored, but not merged again: the map of the first merge would be lost.
+    own = type(model) if family == MappedExperts.family else getattr(type(model), "unmerged", type(model))
+    for (known, _), (config_class, model_class, base) in _models.items():
+        if known == family and base is own:
+            return config_class, model_class
+    names = ", ".join(f"{name}ForCausalLM" for name, _ in ARCHITECTURES.values())
+    raise ValueError(f"merged experts of {type(model).__name__} could not be saved and loaded again; known are {names}")
+
+
+def merged_classes(kind: str) -> tuple[type, type]:
+    """Configuration and model class of a merged architecture.
+
+    Args:
+        kind: model type of the original, such as "mixtral".
+    """
+    return _models[MappedExperts.family, kind][:2]
 
 
 @lru_cache
-def _lookup(expert_map: tuple[int, ...], device: torch.device) -> Int[Tensor, " experts"]:
+def lookup(expert_map: tuple[int, ...], device: torch.device) -> Int[Tensor, " experts"]:
     return torch.tensor(expert_map, device=device)
 
 
 @lru_cache
-def _mapped_class(experts_class: type[nn.Module]) -> type[nn.Module]:
-    name = f"Mapped{experts_class.__name__}"
-    mapped = type(name, (MappedExperts, experts_class), {"__module__": __name__, "__doc__": MappedExperts.__doc__})
-    globals()[name] = mapped  # so that a merged model can be pickled
-    return mapped
+def class_of(mixin: type, experts_class: type[nn.Module]) -> type[nn.Module]:
+    """The class `mixin` before a class of fused experts; one class for each pair, so that it can be pickled."""
+    name = f"{mixin.family.capitalize()}{experts_class.__name__}"
+    made = type(name, (mixin, experts_class), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
+    setattr(sys.modules[mixin.__module__], name, made)
+    return made
 
 
-def _register(kind: str, name: str) -> None:
-    config_base, model_base = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
-    mapped = f"mapped_{kind}"
-    here = {"__module__": __name__}
-    config = type(
-        f"Mapped{name}Config",
-        (config_base,),
-        {**here, "__doc__": f"{name}Config with `expert_map`.", "model_type": mapped, "expert_map": None},
-    )
-    model = type(
-        f"Mapped{name}ForCausalLM",
-        (MappedModel, model_base),
-        {**here, "__doc__": f"{name}ForCausalLM that stores fewer experts.", "config_class": config},
-    )
-    globals().update({config.__name__: config, model.__name__: model})
-    transformers.AutoConfig.register(mapped, config)
-    transformers.AutoModelForCausalLM.register(config, model)
-    # Files keep one tensor an expert, under the names of the architecture.
-    register_checkpoint_conversion_mapping(mapped, get_checkpoint_conversion_mapping(kind))
-    _mapped_class(getattr(sys.modules[model_base.__module__], f"{name}Experts"))
-    _models[kind] = (config, model, model_base)
+def register(mixin: type, model_mixin: type, *, same_files: bool) -> None:
+    """Make a configuration and a model class of each architecture, and tell the Auto classes about them.
+
+    Args:
+        mixin: of its experts; `family` and `settings` name the model type and the configuration's new fields.
+        model_mixin: of the model, whose `prepare` shapes the experts.
+        same_files: files keep one tensor an expert, under the names of the architecture.
+    """
+    family, here = mixin.family, {"__module__": mixin.__module__}
+    for kind, (name, _) in ARCHITECTURES.items():
+        config_base, base = (getattr(transformers, f"{name}{end}") for end in ("Config", "ForCausalLM"))
+        fields = {**here, "__doc__": f"{name}Config for {family} experts.", "model_type": f"{family}_{kind}"}
+        config = type(f"{family.capitalize()}{name}Config", (config_base,), {**fields, **model_mixin.fields})
+        fields = {**here, "__doc__": f"{name}ForCausalLM that stores fewer experts.", "config_class": config}
+        model = type(f"{family.capitalize()}{name}ForCausalLM", (model_mixin, base), {**fields, "unmerged": base})
+        for made in (config, model):
+            setattr(sys.modules[mixin.__module__], made.__name__, made)
+        transformers.AutoConfig.register(config.model_type, config)
+        transformers.AutoModelForCausalLM.register(config, model)
+        if same_files:
+            register_checkpoint_conversion_mapping(config.model_type, get_checkpoint_conversion_mapping(kind))
+        class_of(mixin, getattr(sys.modules[base.__module__], f"{name}Experts"))
+        _models[family, kind] = config, model, base
 
 
-for _kind, (_name, _) in ARCHITECTURES.items():
-    _register(_kind, _name)
+register(MappedExperts, MappedModel, same_files=True)

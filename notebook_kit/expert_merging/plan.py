@@ -17,7 +17,8 @@ from notebook_kit.expert_merging.view import ExpertLayer, expert_view, fused_par
 from notebook_kit.routing import RoutingTrace
 from notebook_kit.weights import at_least_float32
 
-Expert = tuple[Float[Tensor, "f d"], Float[Tensor, "f d"], Float[Tensor, "d f"]]
+# Gate [f, d], up [f, d], down [d, f], and their biases where the architecture has them.
+Expert = tuple[Float[Tensor, "..."], ...]
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def apply_plan(model: nn.Module, plan: Mapping[str, LayerPlan], combine: Combine
     Args:
         model: with its experts unmerged; not modified.
         plan: block name to `LayerPlan`, one for each routed layer.
-        combine: (layer, group, weights) -> (gate [f, d], up [f, d], down [d, f]) of the expert that stands for it.
+        combine: (layer, group, weights) -> (gate [f, d], up [f, d], down [d, f], and biases if there are any) of the
+            expert that stands for it.
 
     Returns:
         A new model. transformers models are of a subclass of their class that `save_pretrained` and
@@ -174,15 +176,14 @@ def apply_plan(model: nn.Module, plan: Mapping[str, LayerPlan], combine: Combine
     missing = [layer.name for layer in layers if layer.name not in plan]
     if missing:
         raise ValueError(f"the plan has no layer {missing[0]!r}, only {', '.join(plan)}")
-    experts, maps = {}, {}
+    experts = {}
     for layer in layers:
         groups = plan[layer.name]
         if len(groups.expert_map) != len(layer):
             raise ValueError(f"the plan of {layer.name!r} is for {len(groups.expert_map)} experts, it has {len(layer)}")
-        maps[layer.name] = groups.expert_map
         build = _fused if layer.fused else _listed
         experts[layer.name] = build(layer, groups, combine)
-    return replaced(model, experts, maps)
+    return replaced(model, experts)
 
 
 @torch.no_grad()
@@ -214,9 +215,11 @@ def merge_weights_of(
     Args:
         usage: shares f.
         groups: experts, group by group.
-        rule: "frequency" (f), "uniform" (1) or "reversed" (1 − f), each divided by its sum over the group. A group
-            that no token was routed to is averaged uniformly.
+        rule: "frequency" (f), "uniform" (1) or "reversed" (1 − f), each divided by its sum over the group; "dominant"
+            (the first alone). A group that no token was routed to is averaged uniformly.
     """
+    if rule == "dominant":
+        return tuple((1.0, *(0.0,) * (len(group) - 1)) for group in groups)
     f = {"frequency": usage, "uniform": torch.ones_like(usage), "reversed": 1 - usage}[rule].double()
     result = []
     for group in groups:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
 
+# What an expert consists of; the last three only where it has biases.
+PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 # Names of gate, up and down in a list of experts.
 LISTED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -40,9 +43,28 @@ class ExpertLayer:
         return not isinstance(self.experts, nn.ModuleList)
 
     @property
+    def biased(self) -> bool:
+        """Whether experts have biases."""
+        return self.fused and bool(self.experts.has_bias)
+
+    @property
+    def signed(self) -> bool:
+        """Whether a unit's sign is free: the output is `down (act(gate) * up)`, odd in up.
+
+        A class with a gate of its own, such as gpt-oss' clamped `(up + 1) * glu`, has no free sign.
+        """
+        own = getattr(type(self.experts), "_apply_gate", None)
+        return own is None or own is _default_apply_gate
+
+    @property
+    def router_module(self) -> nn.Module:
+        """The router of the block, called `gate` or `router`."""
+        return getattr(self.block, "gate", None) or self.block.router
+
+    @property
     def router(self) -> Float[Tensor, "n_experts d"]:
         """The router's rows: a view."""
-        gate = getattr(self.block, "gate", None) or self.block.router
+        gate = self.router_module
         weight = getattr(gate, "weight", None)
         if weight is None or weight.dim() != 2:
             raise UnknownExperts(f"the router of {self.name!r}, a {type(gate).__name__}, has no 2-D `weight`")
@@ -63,11 +85,26 @@ class ExpertLayer:
         """Down columns of every stored expert, as `gate`."""
         return self._read(2)
 
-    def expert(self, e: int) -> tuple[Float[Tensor, "f d"], Float[Tensor, "f d"], Float[Tensor, "d f"]]:
-        """Gate, up and down of one stored expert: views."""
+    def expert(self, e: int) -> tuple[Float[Tensor, "..."], ...]:
+        """Gate [f, d], up [f, d] and down [d, f] of one stored expert, and their biases if it has any: views."""
         if self.fused:
             return tuple(part[e] for part in fused_parts(self.experts))
         return tuple(getattr(self._unique()[e], name).weight.detach() for name in self.names)
+
+    @property
+    def gate_bias(self) -> Float[Tensor, "experts f"]:
+        """Biases of the gate rows, where there are biases: a view."""
+        return self._read(3)
+
+    @property
+    def up_bias(self) -> Float[Tensor, "experts f"]:
+        """Biases of the up rows, as `gate_bias`."""
+        return self._read(4)
+
+    @property
+    def down_bias(self) -> Float[Tensor, "experts d"]:
+        """Biases of the outputs, as `gate_bias`."""
+        return self._read(5)
 
     @property
     def expert_map(self) -> tuple[int, ...]:
@@ -90,18 +127,27 @@ class ExpertLayer:
 
     @torch.no_grad()
     def write(
-        self, gate: Float[Tensor, "experts f d"], up: Float[Tensor, "experts f d"], down: Float[Tensor, "experts d f"]
+        self,
+        gate: Float[Tensor, "experts f d"],
+        up: Float[Tensor, "experts f d"],
+        down: Float[Tensor, "experts d f"],
+        **biases: Float[Tensor, "experts _"],
     ) -> None:
-        """Write every stored expert back, in place.
+        """Write every stored expert back, in place; biases as gate_bias, up_bias, down_bias.
 
         Raises:
-            ValueError: a shape is not what is stored.
+            ValueError: a shape is not what is stored, biases are missing or too many, or experts are factored.
         """
-        for place, new in enumerate((gate, up, down)):
+        if set(biases) != (set(PARTS[3:]) if self.biased else set()):
+            raise ValueError(f"experts of {self.name!r} have {'' if self.biased else 'no '}biases, got {[*biases]}")
+        if hasattr(self.experts, "factors"):
+            raise ValueError(f"experts of {self.name!r} are stored as factors, which cannot be written as a whole")
+        parts = (gate, up, down, *(biases[name] for name in PARTS[3:] if name in biases))
+        for place, new in enumerate(parts):
             if new.shape != self._read(place).shape:
                 expected = tuple(self._read(place).shape)
                 raise ValueError(f"experts of {self.name!r} must have shape {expected}, got {tuple(new.shape)}")
-        for place, new in enumerate((gate, up, down)):
+        for place, new in enumerate(parts):
             if self.fused:
                 self._read(place).copy_(new)
             else:
@@ -122,8 +168,8 @@ def expert_view(model: nn.Module) -> list[ExpertLayer]:
     """Read the experts of every routed layer, fused tensors and module lists alike.
 
     Args:
-        model: Mixtral, Qwen2/3-MoE, OLMoE, DeepSeek-V3 of transformers, or modules with an `nn.ModuleList` named
-            `experts` (of gate_proj/up_proj/down_proj or w1/w3/w2) and a router named `gate` or `router`.
+        model: Mixtral, Qwen2/3-MoE, OLMoE, DeepSeek-V3, gpt-oss of transformers, or modules with an `nn.ModuleList`
+            named `experts` (of gate_proj/up_proj/down_proj or w1/w3/w2) and a router named `gate` or `router`.
 
     Returns:
         One `ExpertLayer` a routed layer, first to last.
@@ -139,18 +185,20 @@ def expert_view(model: nn.Module) -> list[ExpertLayer]:
         if isinstance(experts, nn.ModuleList):
             _names(experts, name)
         else:
-            fused_parts(experts, name)
+            _check_layout(experts, name)
         layers.append(ExpertLayer(name, block))
     if not layers:
         raise UnknownExperts(
             f"no routed experts in {type(model).__name__}: looked for blocks with `experts` and a router named `gate` "
-            "or `router` (Mixtral, Qwen-MoE, OLMoE, DeepSeek-V3, or an nn.ModuleList of gated experts)"
+            "or `router` (Mixtral, Qwen-MoE, OLMoE, DeepSeek-V3, gpt-oss, or an nn.ModuleList of gated experts)"
         )
     return layers
 
 
-def fused_parts(experts: nn.Module, name: str = "experts") -> tuple[Tensor, Tensor, Tensor]:
+def fused_parts(experts: nn.Module, name: str = "experts") -> tuple[Tensor, ...]:
     """Views (gate [E, f, d], up [E, f, d], down [E, d, f]) of fused expert tensors.
+
+    Where the class has biases, gate_bias [E, f], up_bias [E, f] and down_bias [E, d] follow.
 
     The class says how they lie: `is_transposed` ([E, d, 2f] instead of [E, 2f, d]), `is_concatenated` (gate rows
     before up rows, or alternating), `has_gate`, `has_bias`. Shapes are never asked: with 2f = d they would not tell.
@@ -158,23 +206,34 @@ def fused_parts(experts: nn.Module, name: str = "experts") -> tuple[Tensor, Tens
     Raises:
         UnknownExperts: the class does not say, or says something that is not supported.
     """
+    _check_layout(experts, name)
+    both, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    if experts.is_transposed:
+        both, down = both.transpose(1, 2), down.transpose(1, 2)
+    parts = (*_halves(experts, both), down)
+    if experts.has_bias:
+        parts += (*_halves(experts, experts.gate_up_proj_bias.detach()), experts.down_proj_bias.detach())
+    return parts
+
+
+def _halves(experts: nn.Module, both: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up, which share axis 1."""
+    return both.chunk(2, dim=1) if experts.is_concatenated else (both[:, 0::2], both[:, 1::2])
+
+
+def _check_layout(experts: nn.Module, name: str) -> None:
     kind = f"{type(experts).__name__} of {name!r}"
-    if not (hasattr(experts, "gate_up_proj") and hasattr(experts, "down_proj")):
+    known = {*dict(experts.named_parameters()), *getattr(experts, "factors", ())}
+    if not {"gate_up_proj", "down_proj"} <= known:
         raise UnknownExperts(f"{kind} has no gate_up_proj and down_proj; its parameters are {_parameters(experts)}")
     layout = {key: getattr(experts, key, None) for key in ("is_transposed", "is_concatenated", "has_gate", "has_bias")}
     missing = [key for key, value in layout.items() if value is None]
     if missing:
         raise UnknownExperts(f"{kind} does not say how its tensors lie: it has no {', '.join(missing)}")
-    if layout["has_bias"] or not layout["has_gate"]:
-        raise UnknownExperts(f"{kind} has biases or no gate, which expert merging does not read")
-    both, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    if layout["is_transposed"]:
-        both, down = both.transpose(1, 2), down.transpose(1, 2)
-    if layout["is_concatenated"]:
-        gate, up = both.chunk(2, dim=1)
-    else:
-        gate, up = both[:, 0::2], both[:, 1::2]
-    return gate, up, down
+    if not layout["has_gate"]:
+        raise UnknownExperts(f"{kind} has no gate, which expert merging does not read")
+    if layout["has_bias"] and not {"gate_up_proj_bias", "down_proj_bias"} <= known:
+        raise UnknownExperts(f"{kind} says it has biases, but its parameters are {_parameters(experts)}")
 
 
 def _names(experts: nn.ModuleList, name: str) -> Sequence[str]:

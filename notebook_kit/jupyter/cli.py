@@ -21,9 +21,19 @@ def main(arguments: list[str] | None = None) -> int:
     claims.add_argument("folder", type=Path)
     readme = commands.add_parser("readme", help="write the table of methods into a README")
     readme.add_argument("file", type=Path)
+    merge = commands.add_parser("merge-experts", help="shrink a mixture of experts on disk, layer by layer")
+    merge.add_argument("folder", type=Path, help="a transformers model: Mixtral, Qwen2/3-MoE, OLMoE")
+    merge.add_argument("--method", default="m_smoe", help="m_smoe, average_experts, hc_smoe or sub_moe")
+    merge.add_argument("--n-experts", type=int, default=4, help="experts that each layer stores afterwards")
+    merge.add_argument("--calibration", type=Path, required=True, help="plain text that the routers are heard on")
+    merge.add_argument("--out", type=Path, help="folder to write; default: beside the model")
+    merge.add_argument("--similarity", default="router-logits", help="router-logits, router-weight or weight")
+    merge.add_argument("--no-align", dest="align", action="store_false", help="average units as they lie")
+    merge.add_argument("--tokens", type=int, default=16384, help="calibration tokens, at most")
+    merge.add_argument("--length", type=int, default=512, help="tokens in a sequence")
     options = parser.parse_args(arguments)
     try:
-        return globals()[f"_{options.command}"](options)
+        return globals()[f"_{options.command.replace('-', '_')}"](options)
     except (ValueError, OSError) as error:
         print(f"notebook-kit: {error}", file=sys.stderr)
         return 2
@@ -76,6 +86,16 @@ def _claims(options) -> int:
     if not options.folder.is_dir():
         raise ValueError(f"no folder {options.folder}")
     print(board(sorted(options.folder.glob("[0-9][0-9]_*.ipynb"))), end="")
+    return 0
+
+
+def _merge_experts(options) -> int:
+    from notebook_kit.jupyter.merge_experts import PAGE, merge_experts
+
+    names = ("out", "tokens", "length", "method", "n_experts", "align", "similarity")
+    chosen = {name: getattr(options, name) for name in names}
+    out = merge_experts(options.folder, options.calibration, **chosen)
+    print(f"{out}\n{out / PAGE}")
     return 0
 
 

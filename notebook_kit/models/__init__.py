@@ -1,5 +1,6 @@
 """Networks small enough to train and take apart in a notebook, and tiny configurations of real architectures."""
 
+from notebook_kit.models.conv_nets import VGG, ResNet
 from notebook_kit.models.digit_encoder import DigitEncoder
 from notebook_kit.models.mlp import MLP
 from notebook_kit.models.tiny import (
@@ -16,7 +17,9 @@ from notebook_kit.models.tiny import (
 
 __all__ = [
     "MLP",
+    "VGG",
     "DigitEncoder",
+    "ResNet",
     "tiny_bert",
     "tiny_deepseek_v3",
     "tiny_gpt2",

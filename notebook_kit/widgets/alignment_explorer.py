@@ -1,9 +1,9 @@
 """AlignmentExplorer: two networks, their units matched, and the line between them, live."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from notebook_kit.alignment import PermutationSpec
+from notebook_kit.alignment import Permutations, PermutationSpec
 from notebook_kit.diagnostics.alignment import alignment_view
 from notebook_kit.figures.alignment import alignment_figure
 from notebook_kit.hyperparameters import Choice, Range
@@ -21,6 +21,7 @@ class AlignmentExplorer(Explorer):
         score: state dict to a number, higher is better; without it the units alone are drawn.
         models: the two models, which activation matching needs.
         batches: inputs for them.
+        found: method to permutations that are known already; what "straight-through" needs.
         y: what the score measures, with its unit.
         fixed: starting values, such as `points=21`.
 
@@ -37,6 +38,7 @@ class AlignmentExplorer(Explorer):
         *,
         models: Sequence | None = None,
         batches: Sequence | None = None,
+        found: Mapping[str, Permutations] | None = None,
         y: str = "score",
         **fixed,
     ):
@@ -48,10 +50,11 @@ class AlignmentExplorer(Explorer):
             return alignment_view(*args, cache=cache, **settings)
 
         limits: dict = {"layer": Range(0, len(spec.sizes) - 1) if len(spec.sizes) > 1 else None}
-        if models is None or batches is None:
-            limits["method"] = Choice("weight", "none")
-        else:
-            fixed |= {"models": models, "batches": batches}
+        live = models is not None and batches is not None
+        fixed |= {"models": models, "batches": batches} if live else {}
+        fixed |= {"found": found} if found else {}
+        possible = {"weight": True, "activation": live, "straight-through": False, "none": True}
+        limits["method"] = Choice(*(name for name, yes in possible.items() if yes or name in (found or {})))
         if score is None:
             limits |= {"t": None, "points": None}
         if not any(any(part.signs) for uses in spec.uses.values() for _, _, part in uses):

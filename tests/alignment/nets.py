@@ -5,7 +5,7 @@ import transformers
 from torch import nn
 
 from notebook_kit import models
-from notebook_kit.models import MLP
+from notebook_kit.models import MLP, VGG, ResNet
 
 DECODER = {
     "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -31,10 +31,41 @@ def _bert():
     return transformers.BertForSequenceClassification(config)
 
 
+def _nested():
+    convs = [nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.AvgPool2d(2)]
+    return nn.Sequential(
+        nn.Unflatten(-1, (1, 8, 8)),
+        nn.Sequential(*convs),
+        nn.Flatten(),
+        nn.BatchNorm1d(32),
+        nn.Linear(32, 12),
+        nn.Tanh(),
+        nn.Linear(12, 5),
+    )
+
+
+def _mt5():
+    sizes = {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 24, "num_heads": 4}
+    return transformers.MT5ForConditionalGeneration(transformers.MT5Config(num_layers=2, num_decoder_layers=1, **sizes))
+
+
+def _resnet(layer_type: str, **more):
+    sizes = {"num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 1], "num_labels": 5}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(layer_type=layer_type, **(sizes | more)))
+
+
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 BUILD = {
     "mlp": lambda: MLP([8, 16, 12, 5]),
     "sequential": _sequential,
+    "sequential in sequential": _nested,
+    "vgg": lambda: VGG((6, 8)),
+    "resnet": lambda: ResNet((6, 8), blocks=2),
+    "resnet of transformers": lambda: _resnet("basic"),
+    "resnet of transformers, bottleneck": lambda: _resnet("bottleneck", hidden_sizes=[32, 64]),
+    "t5": models.tiny_t5,
+    "t5, gated, untied": lambda: models.tiny_t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": _mt5,
     "bert": _bert,
     "vit": models.tiny_vit,
     "llama": models.tiny_llama,
@@ -52,7 +83,8 @@ BUILD = {
     "deepseek_v3": models.tiny_deepseek_v3,
     "deepseek_v3, plain queries": lambda: models.tiny_deepseek_v3(q_lora_rank=None),
 }
-WITHOUT_STREAM = ("mlp", "sequential")
+WITHOUT_STREAM = ("mlp", "sequential", "sequential in sequential", "vgg")
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
@@ -63,8 +95,9 @@ def build(name: str, seed: int = 0) -> nn.Module:
         # Norm weights of 1 and biases of 0 would hide an axis that was forgotten.
         for parameter in {id(p): p for p in model.parameters()}.values():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.3 * noise) if parameter.dim() == 1 else parameter.mul_(3)
-        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm1d)):
+            # T5 does not divide its attention scores by anything: scaled up further, rounding alone would show.
+            parameter.add_(0.3 * noise) if parameter.dim() == 1 else parameter.mul_(1 if "t5" in name else 3)
+        for norm in (module for module in model.modules() if isinstance(module, NORMS)):
             norm.running_mean.normal_(generator=generator)
             norm.running_var.uniform_(0.5, 2.0, generator=generator)
     return model
@@ -75,7 +108,14 @@ def outputs(model: nn.Module, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind is None:
-        return model(torch.randn(6, 8, generator=generator))
+        width = next(iter(model.parameters())).shape[1]
+        width = width if width > 1 else 64  # convolutions begin at one channel of 8 x 8 pixels
+        return model(torch.randn(6, width, generator=generator))
+    if kind == "resnet":
+        return model(torch.randn(3, 1, 16, 16, generator=generator)).logits
+    if kind in ("t5", "mt5"):
+        ids = torch.randint(0, 256, (2, 3, 12), generator=generator)
+        return model(input_ids=ids[0], decoder_input_ids=ids[1]).logits
     if kind == "vit":
         return model(torch.randn(3, 1, 16, 16, generator=generator)).logits
     return model(torch.randint(0, 256, (3, 12), generator=generator)).logits

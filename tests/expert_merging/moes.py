@@ -3,12 +3,38 @@
 import functools
 
 import torch
+import transformers
 from torch import nn
 
 from notebook_kit import models
 from notebook_kit.routing import RoutingTrace, record_routing
 
+SIZES = {
+    "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "intermediate_size": 64, "num_experts_per_tok": 2, "head_dim": 8,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+def tiny_qwen2_moe():
+    config = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 8}
+    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SIZES, **config)).eval()
+
+
+def tiny_gpt_oss():
+    """Square on purpose: 2f = d, so that no shape tells how the tensors lie; with biases that matter."""
+    config = transformers.GptOssConfig(**SIZES | {"intermediate_size": 16, "num_local_experts": 8})
+    model = transformers.GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for bias in (layer.mlp.experts.gate_up_proj_bias, layer.mlp.experts.down_proj_bias, layer.mlp.router.bias):
+                bias.normal_(std=0.5)
+    return model
+
+
 KINDS = {
+    "gpt_oss": tiny_gpt_oss,
+    "qwen2_moe": tiny_qwen2_moe,
     "mixtral": models.tiny_mixtral,
     "qwen3_moe": models.tiny_qwen3_moe,
     "olmoe": models.tiny_olmoe,
@@ -22,6 +48,7 @@ def ids(seed: int = 0, n: int = 4, length: int = 32):
 
 def moe(kind: str = "mixtral"):
     """A model whose experts matter: random weights, scaled up."""
+    torch.manual_seed(0)
     model = KINDS[kind]()
     with torch.no_grad():
         for parameter in model.parameters():

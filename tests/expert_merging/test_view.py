@@ -4,6 +4,8 @@ from torch import nn
 
 from notebook_kit import models
 from notebook_kit.expert_merging import UnknownExperts, expert_view
+from notebook_kit.expert_merging.align_experts import expert_of
+from notebook_kit.expert_merging.outputs import expert_output
 from notebook_kit.expert_merging.view import fused_parts
 from tests.expert_merging.moes import KINDS, Listed, moe
 
@@ -15,8 +17,11 @@ def test_the_parts_are_what_the_model_computes_with(kind):
         x, e = torch.randn(7, 32), 3
         chosen = torch.full((7, 1), e)
         expected = layer.experts(x, chosen, torch.ones(7, 1))
-        hidden = nn.functional.silu(x @ layer.gate[e].T) * (x @ layer.up[e].T)
-        torch.testing.assert_close(hidden @ layer.down[e].T, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(expert_output(layer, expert_of(layer, e), x), expected, atol=1e-5, rtol=1e-4)
+        if kind != "gpt_oss":
+            hidden = nn.functional.silu(x @ layer.gate[e].T) * (x @ layer.up[e].T)
+            torch.testing.assert_close(hidden @ layer.down[e].T, expected, atol=1e-5, rtol=1e-4)
+        assert (layer.biased, layer.signed) == (kind == "gpt_oss", kind != "gpt_oss")
         assert len(layer) == 8
         assert layer.router.shape == (8, 32)
         assert layer.expert_map == tuple(range(8))
