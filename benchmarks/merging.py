@@ -156,7 +156,7 @@ def memory_of_files(name: str, folder: str) -> int:
     torch.set_num_threads(1)
     method = {"average": average, "task_arithmetic": task_arithmetic, "slerp": slerp, "ties": ties, "dare": dare}[name]
     paths = [Path(folder) / f"m{i}" for i in range(3 if name == "slerp" else EXPERTS + 1)]
-    small = save(Path(folder) / "small.safetensors", {"w": torch.randn(100)})
+    small = save({"w": torch.randn(100)}, Path(folder) / "small.safetensors")
     outs = iter(Path(folder) / f"{name}-{os.getpid()}-{i}" for i in range(2))
     return extra_memory(
         lambda: merge_files(method, paths[0], paths[1:], next(outs), progress=False),
@@ -204,7 +204,7 @@ def files(millions: float) -> None:
                 part = Path(folder) / f"m{i}"
                 part.mkdir()
                 for j, key in enumerate(weights):
-                    save(part / f"model-{j}.safetensors", {key: weights[key]})
+                    save({key: weights[key]}, part / f"model-{j}.safetensors")
             largest = max(tensor.nbytes for tensor in base.values())
             del base, experts
             for name in ("average", "task_arithmetic", "slerp", "ties", "dare"):

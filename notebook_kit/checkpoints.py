@@ -156,12 +156,12 @@ def load(path: str | Path) -> dict[str, Tensor]:
     return {name: checkpoint[name] for name in checkpoint}
 
 
-def save(path: str | Path, weights: Mapping[str, Tensor]) -> Path:
+def save(weights: Mapping[str, Tensor], path: str | Path) -> Path:
     """Save weights as one safetensors file, atomically: either the whole file appears or nothing changes.
 
     Args:
-        path: the file to write; its folder must exist.
         weights: tensor name to tensor. Tied tensors are written once for each name.
+        path: the file to write; its folder must exist.
 
     Returns:
         The path written.

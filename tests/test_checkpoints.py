@@ -62,7 +62,7 @@ def same(a, b):
 def test_every_dtype_and_shape_comes_back(name, tmp_path):
     dtype = DTYPES[name]
     weights = {"m": tensor_of(dtype, (2, 3)), "scalar": tensor_of(dtype, ()), "empty": tensor_of(dtype, (0, 4))}
-    back = load(save(tmp_path / "w.safetensors", weights))
+    back = load(save(weights, tmp_path / "w.safetensors"))
     assert list(back) == list(weights)
     assert all(same(back[key], weights[key]) for key in weights)
 
@@ -71,7 +71,7 @@ def test_every_dtype_and_shape_comes_back(name, tmp_path):
 def test_the_safetensors_library_agrees_both_ways(name, tmp_path):
     dtype = DTYPES[name]
     weights = {"b.weight": tensor_of(dtype, (3, 2)), "a": tensor_of(dtype, ()), "none": tensor_of(dtype, (0,))}
-    theirs = safetensors.torch.load_file(save(tmp_path / "ours.safetensors", weights))
+    theirs = safetensors.torch.load_file(save(weights, tmp_path / "ours.safetensors"))
     assert all(same(theirs[key], weights[key]) for key in weights)
     safetensors.torch.save_file(weights, tmp_path / "theirs.safetensors", metadata={"format": "pt", "note": "é"})
     ours = load(tmp_path / "theirs.safetensors")
@@ -82,13 +82,13 @@ def test_the_safetensors_library_agrees_both_ways(name, tmp_path):
 def test_strided_tied_and_trained_tensors_are_written_as_they_look(tmp_path):
     w = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     weights = {"w": w, "t": w.T, "tied": w, "column": w[:, 1], "wide": torch.ones(1).expand(5)}
-    back = load(save(tmp_path / "w.safetensors", weights))
+    back = load(save(weights, tmp_path / "w.safetensors"))
     assert all(torch.equal(back[key], weights[key]) for key in weights)
     assert not any(tensor.requires_grad for tensor in back.values())
 
 
 def test_no_tensors_at_all(tmp_path):
-    path = save(tmp_path / "none.safetensors", {})
+    path = save({}, tmp_path / "none.safetensors")
     assert load(path) == {}
     assert safetensors.torch.load_file(path) == {}
 
@@ -103,7 +103,7 @@ def test_no_tensors_at_all(tmp_path):
 @settings(deadline=None, max_examples=40)
 def test_any_names_and_shapes_come_back(tmp_path_factory, parts):
     weights = {name: tensor_of(DTYPES[dtype], shape) for name, (shape, dtype) in parts.items()}
-    path = save(tmp_path_factory.mktemp("any") / "w.safetensors", weights)
+    path = save(weights, tmp_path_factory.mktemp("any") / "w.safetensors")
     back = load(path)
     assert list(back) == list(weights)
     assert all(same(back[key], weights[key]) for key in weights)
@@ -118,7 +118,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_no_pickle(length, written)
 
 def test_a_checkpoint_is_a_lazy_mapping(tmp_path, monkeypatch):
     weights = {"a": torch.ones(2, 3), "n": torch.tensor(3)}
-    checkpoint = Checkpoint(save(tmp_path / "w.safetensors", weights))
+    checkpoint = Checkpoint(save(weights, tmp_path / "w.safetensors"))
     assert checkpoint.spec() == {"a": ((2, 3), torch.float32), "n": ((), torch.int64)}
     assert len(checkpoint) == 2
     assert checkpoint.file_of("a") == tmp_path / "w.safetensors"
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_a_lazy_mapping(tmp_path, monkeypatch):
 
 
 def test_the_data_is_aligned(tmp_path):
-    path = save(tmp_path / "w.safetensors", {"odd name": torch.ones(3, dtype=torch.uint8), "w": torch.ones(2)})
+    path = save({"odd name": torch.ones(3, dtype=torch.uint8), "w": torch.ones(2)}, tmp_path / "w.safetensors")
     assert read_header(path)[1] % 8 == 0
 
 
@@ -143,7 +143,7 @@ def shard(folder, parts, index=True):
     where = {}
     for i, weights in enumerate(parts):
         name = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-        save(folder / name, weights)
+        save(weights, folder / name)
         where |= dict.fromkeys(weights, name)
     if index:
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
@@ -160,7 +160,7 @@ def test_a_sharded_folder_is_one_mapping(tmp_path):
 
 def test_only_the_indexed_files_are_read(tmp_path):
     folder = shard(tmp_path / "m", [{"a": torch.ones(1)}])
-    save(folder / "consolidated.safetensors", {"a": torch.zeros(1)})
+    save({"a": torch.zeros(1)}, folder / "consolidated.safetensors")
     assert load(folder)["a"].item() == 1
 
 
@@ -179,7 +179,7 @@ def test_folders_that_do_not_fit(tmp_path):
     ["../outside.safetensors", "/etc/passwd", "..", ".", "", "sub/x.safetensors", "gone.safetensors", 5, None, "a\0b"],
 )
 def test_an_index_names_files_of_its_folder_only(name, tmp_path):
-    save(tmp_path / "outside.safetensors", {"a": torch.ones(1)})
+    save({"a": torch.ones(1)}, tmp_path / "outside.safetensors")
     folder = tmp_path / "m"
     folder.mkdir()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
@@ -325,7 +325,7 @@ def test_a_huge_header_is_not_even_read(written, monkeypatch):
 def test_names_are_only_names(tmp_path):
     names = ["../../x", "/etc/passwd", "", "a\0b", "<script>alert(1)</script>", "é", "a" * 5000, "C:\\x", "__proto__"]
     weights = {name: torch.full((1,), float(i)) for i, name in enumerate(names)}
-    back = load(save(tmp_path / "w.safetensors", weights))
+    back = load(save(weights, tmp_path / "w.safetensors"))
     assert [back[name].item() for name in names] == list(range(len(names)))
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
@@ -397,7 +397,7 @@ def test_any_json_as_a_header_loads_or_is_refused(tmp_path_factory, header):
 
 # ---------------------------------------------------------------- writing
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
-    path = save(tmp_path / "w.safetensors", {"a": torch.ones(2)})
+    path = save({"a": torch.ones(2)}, tmp_path / "w.safetensors")
     before = path.read_bytes()
 
     def interrupted(self, name, tensor):
@@ -405,18 +405,18 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(TensorWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save(path, {"a": torch.zeros(2)})
+        save({"a": torch.zeros(2)}, path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 
 
 def test_what_cannot_be_saved_is_said(tmp_path):
     with pytest.raises(TypeError, match=r"'a' is torch.complex128, which safetensors does not hold"):
-        save(tmp_path / "w.safetensors", {"a": torch.ones(1, dtype=torch.complex128)})
+        save({"a": torch.ones(1, dtype=torch.complex128)}, tmp_path / "w.safetensors")
     with untyped(), pytest.raises(TypeError, match="'a' must be a tensor, got float"):
-        save(tmp_path / "w.safetensors", {"a": 1.0})
+        save({"a": 1.0}, tmp_path / "w.safetensors")
     with pytest.raises(FileNotFoundError):
-        save(tmp_path / "no folder" / "w.safetensors", {})
+        save({}, tmp_path / "no folder" / "w.safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -54,13 +54,13 @@ def model(seed, dtype=torch.float32, integers=False):
 def write(folder, weights, shards):
     """One file, or a folder with its shards, an index and a config."""
     if not shards:
-        return save(folder.with_suffix(".safetensors"), weights)
+        return save(weights, folder.with_suffix(".safetensors"))
     folder.mkdir()
     names, where = list(weights), {}
     for i in range(shards):
         file = f"model-{i + 1}-of-{shards}.safetensors"
         part = {name: weights[name] for name in names[i::shards]}
-        save(folder / file, part)
+        save(part, folder / file)
         where |= dict.fromkeys(part, file)
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     (folder / "config.json").write_text('{"model_type": "toy"}')
@@ -206,10 +206,10 @@ def test_bad_settings_write_nothing(error, text, method, settings, files, tmp_pa
 
 
 def test_bad_checkpoints_write_nothing(files, tmp_path):
-    other = save(tmp_path / "other.safetensors", {**model(1), "c": torch.zeros(41)})
+    other = save({**model(1), "c": torch.zeros(41)}, tmp_path / "other.safetensors")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(files[0].read_bytes()[:-3])
-    nan = save(tmp_path / "nan.safetensors", {**model(1), "c": torch.full((40,), float("nan"))})
+    nan = save({**model(1), "c": torch.full((40,), float("nan"))}, tmp_path / "nan.safetensors")
     before = listing(tmp_path)
     out = tmp_path / "o.safetensors"
     with pytest.raises(IncompatibleWeights, match=r"'c': shape \[40\] in base, \[41\] in .*other\.safetensors"):
@@ -235,7 +235,7 @@ def test_an_interrupt_leaves_nothing_and_keeps_what_was_there(error, kind, reque
     base_path, *expert_paths = request.getfixturevalue(kind)
     out = tmp_path / ("out.safetensors" if kind == "files" else "out")
     if kind == "files":
-        save(out, {"precious": torch.ones(3)})
+        save({"precious": torch.ones(3)}, out)
     before = listing(tmp_path)
     done = []
 
@@ -290,7 +290,7 @@ def status(field):
 
 *paths, out = sys.argv[1:]
 methods = [average, task_arithmetic, ties, dare]
-small = save(out + "small", {"w": torch.randn(100)})
+small = save({"w": torch.randn(100)}, out + "small")
 for method in methods:  # first use imports
     merge_files(method, small, [small], out + "warm", progress=False)
 for i, method in enumerate(methods):

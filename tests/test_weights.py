@@ -120,7 +120,7 @@ def test_wrong_kinds_of_input(base):
 def test_preflight_says_what_would_happen(base, tmp_path):
     other = like(base, **{"a.bias": torch.zeros(4), "new": torch.zeros(2)})
     del other["steps"]
-    path = save(tmp_path / "expert.safetensors", like(base))
+    path = save(like(base), tmp_path / "expert.safetensors")
     frame = preflight(base, [path, other], names=["file", "other"])
     assert list(frame.columns) == ["tensor", "base", "file", "other", "dtype", "verdict"]
     rows = frame.set_index("tensor")

@@ -73,7 +73,7 @@ def save_peft(model: nn.Module, folder: str | Path) -> Path:
     with checkpoints.atomic(folder) as partial:
         partial.mkdir()
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        checkpoints.save(partial / WEIGHTS, tensors)
+        checkpoints.save(tensors, partial / WEIGHTS)
     return folder
 
 

@@ -54,7 +54,7 @@ def drop_rows(student: nn.Module, importance: list[Tensor], density: float, aliv
     """Keep the most important rows of S over all layers together, and really drop the others, in place."""
     places = [(layer.experts, kind) for layer in expert_view(student) for kind in KINDS]
     for (experts, kind), rows in zip(places, top_rows(importance, alive, density), strict=True):
-        experts.keeprows_of(kind, rows)
+        experts.keep_rows(kind, rows)
     describe(student.config, {layer.name: layer.experts for layer in expert_view(student)})
 
 

@@ -243,7 +243,7 @@ class ModelSurgery:
 
     def save(self, path: str | Path) -> Path:
         """Write `weights()` as a safetensors file."""
-        return save(path, self.weights())
+        return save(self.weights(), path)
 
     def load(self, path: str | Path) -> None:
         """Take up what `save` wrote, in place of what was learnt here, and be ready to learn on.

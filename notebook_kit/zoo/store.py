@@ -50,7 +50,7 @@ def write(bed: str, name: str, weights: Mapping[str, Tensor], dtype: torch.dtype
     """
     (FOLDER / bed).mkdir(parents=True, exist_ok=True)
     rounded = {key: tensor.detach().to(dtype).contiguous() for key, tensor in weights.items()}
-    weights_io.save(FOLDER / bed / f"{name}.safetensors", rounded)
+    weights_io.save(rounded, FOLDER / bed / f"{name}.safetensors")
 
 
 def write_config(bed: str, config: Mapping) -> None:

@@ -109,7 +109,7 @@ def test_files_that_are_missing_damaged_or_pickled(folder):
 )
 def test_tensors_that_do_not_fit(folder, change, error, text):
     path = folder / "adapter_model.safetensors"
-    checkpoints.save(path, change(checkpoints.load(path)))
+    checkpoints.save(change(checkpoints.load(path)), path)
     model = tiny_llama()
     with pytest.raises(error, match=text):
         load_peft(model, folder)

@@ -151,7 +151,7 @@ def test_a_configuration_is_enough_and_files_of_mixtral_keep_experts_apart(tmp_p
     listed.check(on_disk)
     from notebook_kit.weights import Checkpoint
 
-    save(tmp_path / "w.safetensors", on_disk)
+    save(on_disk, tmp_path / "w.safetensors")
     assert permutation_spec(model.config, weights=Checkpoint(tmp_path / "w.safetensors")).axes == listed.axes
 
 

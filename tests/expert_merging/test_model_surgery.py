@@ -327,7 +327,7 @@ def test_a_damaged_file_is_refused(tmp_path, spoil, text):
     surgery = learner(1)
     state = {name: tensor.clone() for name, tensor in surgery.weights().items()}
     spoil(state)
-    save(tmp_path / "b.safetensors", state)
+    save(state, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=text):
         surgery.load(tmp_path / "b.safetensors")
 
