@@ -94,11 +94,14 @@ def weight_matching(
                 continue
             stale.discard(perm)
             plain, free = similarity(spec, perm, a, b, active, signs=perm in signed)
-            total, pairs = plain if free is None else plain + free.abs(), []
+            total, pairs = plain if free is None else free.abs().add_(plain), []
             if perm in nested:
                 value, pairs = match_experts(spec, nested[perm], a, b, active, signed)
                 total = plain + value
-            index = torch.from_numpy(linear_sum_assignment(total.cpu().numpy(), maximize=True)[1])
+            # Negated here and in place: with maximize=True scipy would hold one more copy, in float64.
+            cost = total.neg() if total is plain else total.neg_()
+            index = torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])
+            del total, cost
             old, places = found[perm], torch.arange(len(index))
             # Added up in the same way as the old value: rounding is no gain.
             new_value = plain[places, index].double().sum()

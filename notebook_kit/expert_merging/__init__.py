@@ -4,6 +4,7 @@ from notebook_kit.expert_merging.adapter_retrieval import Retrieval, refine_retr
 from notebook_kit.expert_merging.align_experts import Aligner, average_group
 from notebook_kit.expert_merging.baselines import average_experts, drop_experts
 from notebook_kit.expert_merging.class_gaussians import ClassGaussian, align_head, fit_gaussian
+from notebook_kit.expert_merging.dynamic_skipping import Skipping, dynamic_skipping
 from notebook_kit.expert_merging.hc_smoe import hc_smoe, plan_hc_smoe
 from notebook_kit.expert_merging.m_smoe import expert_similarity, m_smoe, plan_m_smoe
 from notebook_kit.expert_merging.mc_smoe import mc_smoe
@@ -31,6 +32,7 @@ __all__ = [
     "MLPAdapter",
     "ModelSurgery",
     "Retrieval",
+    "Skipping",
     "UnknownExperts",
     "align_head",
     "apply_plan",
@@ -40,6 +42,7 @@ __all__ = [
     "calibration_inputs",
     "dominant_experts",
     "drop_experts",
+    "dynamic_skipping",
     "expert_inputs",
     "expert_similarity",
     "expert_view",

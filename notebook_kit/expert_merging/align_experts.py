@@ -1,6 +1,5 @@
 """Experts brought into one order before they are averaged: Git Re-Basin on three matrices."""
 
-import torch
 from torch import Tensor
 
 from notebook_kit.alignment import Part, Permutations, PermutationSpec, match_features, permute, weight_matching
@@ -32,7 +31,7 @@ def expert_of(layer: ExpertLayer, e: int) -> dict[str, Tensor]:
 
 def spec_of(layer: ExpertLayer) -> PermutationSpec:
     """What may move in one expert of a layer."""
-    return expert_spec(layer.expert(0)[0].shape[0], biased=layer.biased, signed=layer.signed)
+    return expert_spec(layer.width, biased=layer.biased, signed=layer.signed)
 
 
 class Aligner:
@@ -76,12 +75,13 @@ def average_group(aligner: Aligner) -> Combine:
     """
 
     def combine(layer: ExpertLayer, group: tuple[int, ...], weights: tuple[float, ...]) -> Expert:
-        total = {name: torch.zeros_like(tensor) for name, tensor in expert_of(layer, group[0]).items()}
-        for e, weight in zip(group, weights, strict=True):
+        # One member at a time beside the sum.
+        total = {name: weights[0] * tensor for name, tensor in expert_of(layer, group[0]).items()}
+        for e, weight in zip(group[1:], weights[1:], strict=True):
             if weight == 0:
                 continue
             for name, tensor in aligner(layer, e, group[0]).items():
-                total[name] += weight * tensor
+                total[name].add_(tensor, alpha=weight)
         return tuple(total.values())
 
     return combine

@@ -70,7 +70,7 @@ def drop_experts(
     *,
     n_experts: Annotated[int, Range(1, 512)] = 4,
     by: Annotated[str, Choice("frequency", "probability", "reconstruction", "random", "reversed")] = "frequency",
-    router: Annotated[str, Choice("drop", "map")] = "drop",
+    router: Annotated[str, Choice("drop", "map", "sum")] = "drop",
     adaptive: bool = False,
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0,
     n_calibration: Annotated[int, Range(64, 16384, log=True)] = 2048,
@@ -87,8 +87,9 @@ def drop_experts(
             "reconstruction" (the set whose layer output is nearest to the whole layer's, see `best_subset`), or a
             control: "random", "reversed" (the least used stay).
         router: "drop" deletes the router rows too, so that softmax and top-k renormalise over those that stay; "map"
-            keeps all rows and leads those of a deleted expert to the kept one whose router logits are most alike.
-        adaptive: rank experts over all layers together (router="map" only).
+            keeps all rows and leads those of a deleted expert to the kept one whose router logits are most alike;
+            "sum" does the same, and chooses among kept experts by the sum of the probabilities of their rows.
+        adaptive: rank experts over all layers together (not with router="drop").
         seed: of by="random".
         n_calibration: tokens that by="reconstruction" looks at.
         batches: inputs for by="reconstruction"; the text of the trace by default.
@@ -96,7 +97,7 @@ def drop_experts(
 
     Returns:
         A new model: with "drop" of the very same class, with fewer experts in its configuration (and fewer chosen
-        per token if less than top-k remain); with "map" as `m_smoe`.
+        per token if less than top-k remain); with "map" and "sum" as `m_smoe`.
 
     Raises:
         ValueError: as `m_smoe`; adaptive with router="drop" or by="reconstruction"; "drop" on a router with groups of
@@ -131,4 +132,4 @@ def drop_experts(
     for number, layer in enumerate(layers):
         groups = group_by_similarity(kept[layer.name], expert_similarity(layer, trace.layer(number).logits))
         plan[layer.name] = LayerPlan(groups, tuple((1.0, *(0.0,) * (len(group) - 1)) for group in groups))
-    return apply_plan(model, plan, average_group(Aligner("none")))
+    return apply_plan(model, plan, average_group(Aligner("none")), router=router)

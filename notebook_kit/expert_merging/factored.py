@@ -98,7 +98,7 @@ class FactoredExperts(MappedExperts):
 class FactoredModel(MappedModel):
     """Before a class of models: `expert_rank` and `expert_rows` say how large each layer's factors are."""
 
-    fields: ClassVar = {"expert_map": None, "expert_rank": None, "expert_rows": None}
+    fields: ClassVar = MappedModel.fields | {"expert_rank": None, "expert_rows": None}
 
     def prepare(self, experts: nn.Module, number: str) -> None:
         """Give the experts of one layer the shapes that the configuration says."""

@@ -1,12 +1,16 @@
 """Merge the experts of a checkpoint on disk, layer by layer: no more than one layer is ever in memory.
 
 One pass does all. The calibration text runs through the model; each decoder layer is read from the shards when its
-turn comes, hidden states go through it, its router is heard, its experts are merged and written, and it is let go.
+turn comes, hidden states go through it, its router is heard, and its experts are let go. Then they are read again, one
+by one, aligned and added up, and a group is written before the next one begins.
+
+Memory, beside embeddings and hidden states: one layer, or while merging four experts in float32 (the sum, the leader, a
+member before and after) and 20 f² bytes that the assignment needs, whichever is more.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -122,6 +126,16 @@ def merge_expert_files(
     return job.layers
 
 
+@dataclass(frozen=True)
+class _OnDisk(ExpertLayer):
+    """A layer whose experts are read when they are asked for, and not kept; the block has shapes alone."""
+
+    read: Callable[[int], tuple[Tensor, ...]]
+
+    def expert(self, e: int) -> tuple[Tensor, ...]:
+        return self.read(e)
+
+
 class _Job:
     """What one pass carries from layer to layer."""
 
@@ -140,22 +154,25 @@ class _Job:
             heard: list[tuple[Tensor, Tensor, Tensor]] = []
             views = expert_view(layer) if hasattr(layer.mlp, "experts") else []
             hooks = [view.router_module.register_forward_hook(_listen(heard, self.choices)) for view in views]
-            whole, n = [], len(hidden_states)
+            whole, n = torch.empty_like(hidden_states), len(hidden_states)
             for start in range(0, n, self.choices["chunk"]):
                 span = slice(start, start + self.choices["chunk"])
                 cut = {k: v[span] if isinstance(v, Tensor) and n > 1 and len(v) == n else v for k, v in kwargs.items()}
                 output = original(hidden_states[span], *args, **cut)
-                whole.append(output[0] if isinstance(output, tuple) else output)
+                whole[span] = output[0] if isinstance(output, tuple) else output
+                del output
             for hook in hooks:
                 hook.remove()
             if views:
                 block = ExpertLayer(f"model.layers.{number}.mlp", views[0].block)
-                self.merge(block, number, *map(torch.cat, zip(*heard, strict=True)))
+                joined = [torch.cat(pieces) for pieces in zip(*heard, strict=True)]
+                heard.clear()
+                self.merge(block, number, *joined)
             else:
                 self.write(number, {})
             layer.to("meta")
             self.bar.update()
-            return torch.cat(whole)
+            return whole
 
         return forward
 
@@ -169,17 +186,20 @@ class _Job:
                 continue
             names = (gate, up) if key.endswith("gate_up_proj") else (down,)
             for e in range(len(slot)):
-                parts = [self.checkpoint[f"{start}{block}.experts.{e}.{name}.weight"] for name in names]
-                if e == 0:
-                    found[key] = torch.empty(slot.shape, dtype=parts[0].dtype)
-                torch.cat(parts, out=found[key][e])
+                for place, name in enumerate(names):
+                    part = self.checkpoint[f"{start}{block}.experts.{e}.{name}.weight"]
+                    if key not in found:
+                        found[key] = torch.empty(slot.shape, dtype=part.dtype)
+                    found[key][e].chunk(len(names))[place].copy_(part)
+                    del part
         return found
 
     def merge(self, layer: ExpertLayer, number: int, logits: Tensor, chosen: Tensor, x: Tensor) -> None:
-        """Plan one layer, write its merged experts."""
+        """Plan one layer, let its experts go, and write the merged ones."""
         usage = torch.bincount(chosen.reshape(-1), minlength=logits.shape[1]).float()
         usage = usage / usage.sum()
         plan, s = _plan(layer, usage, logits.float(), x, self.choices)
+        layer.experts.to("meta")
         align = self.choices["align"] and self.choices["method"] != "average_experts"
         combine = average_group(Aligner("weight" if align else "none"))
         block, names = FILES[self.config.model_type]
@@ -191,9 +211,14 @@ class _Job:
             for name, shape in zip(names, shapes, strict=True)
         }
 
+        def read(e: int) -> tuple[Tensor, ...]:
+            return tuple(self.checkpoint[f"{start}{e}.{name}.weight"] for name in names)
+
+        source = _OnDisk(layer.name, layer.block, read)
+
         def experts():
             for group, weights in zip(plan.groups, plan.weights, strict=True):
-                yield from (tensor.to(dtype) for tensor in combine(layer, group, weights))
+                yield from (tensor.to(dtype) for tensor in combine(source, group, weights))
 
         self.write(number, new, experts())
         self.maps[str(number)] = list(plan.expert_map)
@@ -268,6 +293,7 @@ def _empty(config, checkpoint: Checkpoint) -> nn.Module:
     with torch.device("meta"):
         model = getattr(transformers, f"{name}Model")(config)
     model.rotary_emb = type(model.rotary_emb)(config)
+    model.set_experts_implementation("eager")  # grouped_mm would copy two thirds of a layer
     for part in ("embed_tokens", "norm"):
         getattr(model, part).load_state_dict({"weight": checkpoint[f"model.{part}.weight"]}, assign=True)
     return model.eval()

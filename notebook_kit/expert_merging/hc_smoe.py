@@ -27,7 +27,7 @@ def hc_smoe(
     linkage: Annotated[str, Choice(*LINKAGES)] = "average",
     merge_weights: Annotated[str, Choice("frequency", "uniform", "dominant")] = "frequency",
     align: bool = False,
-    router: Annotated[str, Choice("map", "mean")] = "map",
+    router: Annotated[str, Choice("map", "mean", "sum")] = "map",
     n_calibration: Annotated[int, Range(64, 16384, log=True)] = 2048,
     batches: Iterable | None = None,
     inputs: Inputs | None = None,
@@ -47,7 +47,8 @@ def hc_smoe(
         merge_weights: by usage, all alike, or the most used member alone.
         align: permute units before averaging; the paper does not.
         router: "map" keeps all rows and leads them to the clusters; "mean" averages the rows of a cluster into one,
-            so that the model is of its original class, and each cluster counts once in the softmax.
+            so that the model is of its original class, and each cluster counts once in the softmax; "sum" keeps all
+            rows and chooses clusters by the sum of their rows' probabilities.
         n_calibration: tokens that experts run on.
         batches: inputs to run; the text of the trace by default.
         inputs: from `calibration_inputs`, to save running the model again.
@@ -56,7 +57,8 @@ def hc_smoe(
         A new model, as `m_smoe`; with router="mean", of the very same class, with fewer experts.
 
     Raises:
-        ValueError: as `m_smoe`; router="mean" where rows cannot be deleted, as in `drop_experts`.
+        ValueError: as `m_smoe`; router="mean" where rows cannot be deleted, as in `drop_experts`; router="sum" on a
+            list of experts or a router without a softmax.
 
     Source: Chen et al. (2024), section 3; wazenmai/HC-SMoE, `hcsmoe/merging/clustering.py`. Its "complete" linkage
         joins the farthest pair of clusters, which is a slip: here all linkages are scipy's.
@@ -65,7 +67,9 @@ def hc_smoe(
         inputs = calibration_inputs(model, trace, batches, most=n_calibration)
     plan = plan_hc_smoe(model, trace, inputs, n_experts=n_experts, linkage=linkage, merge_weights=merge_weights)
     combine = average_group(Aligner("weight" if align else "none"))
-    return mean_rows(model, plan, combine) if router == "mean" else apply_plan(model, plan, combine)
+    if router == "mean":
+        return mean_rows(model, plan, combine)
+    return apply_plan(model, plan, combine, router=router)
 
 
 def plan_hc_smoe(

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Annotated
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from notebook_kit.expert_merging.plan import (
 from notebook_kit.expert_merging.view import ExpertLayer, expert_view
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.routing import RoutingTrace
+from notebook_kit.weights import at_least_float32
 
 SIMILARITIES = ("router-logits", "router-weight", "weight")
 
@@ -127,4 +127,8 @@ def expert_similarity(
         return cosine_similarity(logits.T)
     if basis == "router-weight":
         return cosine_similarity(layer.router)
-    return cosine_similarity(torch.cat([part.flatten(1) for part in (layer.gate, layer.up, layer.down)], dim=1))
+    # Inner products add up over the three matrices, which are never laid side by side.
+    flat = (at_least_float32(part.flatten(1)) for part in (layer.gate, layer.up, layer.down))
+    products = sum(part @ part.T for part in flat)
+    norms = products.diagonal().sqrt().clamp_min(1e-12)
+    return ((1 + (products / (norms[:, None] * norms)).clamp(-1, 1)) / 2).fill_diagonal_(1.0)

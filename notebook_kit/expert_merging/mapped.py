@@ -63,10 +63,64 @@ class MappedExperts:
         return super().forward(hidden_states, stored, top_k_weights)
 
 
-class MappedModel:
-    """Before a class of models: `config.expert_map`, decoder layer to map, says how many experts each layer stores."""
+class SumRouter:
+    """Before a class of softmax routers: tokens choose groups, and a group's probability is the sum of its members'.
 
-    fields: ClassVar = {"expert_map": None}
+    P_g = Σ_{i ∈ g} p_i, which sum to 1 as p does; top-k and its renormalisation then run over P. A chosen group is
+    named by its first row, so that experts and traces see router rows as ever.
+    """
+
+    family = "sum"
+    expert_map: tuple[int, ...]
+
+    def group_probs(self, logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens groups"]:
+        """P, float32."""
+        p = logits.float().softmax(-1)
+        return p.new_zeros(len(p), max(self.expert_map) + 1).index_add(1, lookup(self.expert_map, p.device), p)
+
+    def forward(self, hidden_states: Float[Tensor, "*batch d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits of all rows, the weights of the chosen groups, and their first rows.
+
+        Args:
+            hidden_states: inputs.
+        """
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = nn.functional.linear(x, self.weight, getattr(self, "bias", None))
+        probs = self.group_probs(logits)
+        top, group = probs.topk(min(self.top_k, probs.shape[1]), dim=-1)
+        if getattr(self, "norm_topk_prob", True):  # Mixtral and gpt-oss always do
+            top = top / top.sum(-1, keepdim=True)
+        first = tuple(map(self.expert_map.index, range(probs.shape[1])))
+        return logits, top.to(logits.dtype), lookup(first, group.device)[group]
+
+
+def sum_rows(model: nn.Module) -> nn.Module:
+    """Let the routers of a merged model add up the probabilities of a group, in place.
+
+    Raises:
+        ValueError: experts in a list, or a router without a softmax.
+    """
+    for layer in expert_view(model):
+        router = layer.router_module
+        if not isinstance(layer.experts, MappedExperts) or hasattr(router, "e_score_correction_bias"):
+            raise ValueError(
+                f'router="sum" adds up softmax probabilities of a transformers model; {layer.name!r} has a '
+                f'{type(router).__name__} and {type(layer.experts).__name__}: use router="map"'
+            )
+        if not isinstance(router, SumRouter):
+            router.__class__ = class_of(SumRouter, type(router))
+        router.expert_map = layer.expert_map
+    model.config.router_rows = "sum"
+    return model
+
+
+class MappedModel:
+    """Before a class of models: `config.expert_map`, decoder layer to map, says how many experts each layer stores.
+
+    `config.router_rows` is "map" (every router row is chosen by itself) or "sum" (see `SumRouter`).
+    """
+
+    fields: ClassVar = {"expert_map": None, "router_rows": "map"}
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -74,6 +128,8 @@ class MappedModel:
             raise ValueError(f"{type(config).__name__} needs expert_map: decoder layer to one stored expert per row")
         for layer in expert_view(self):
             self.prepare(layer.experts, layer_number(layer.name))
+        if config.router_rows == "sum":
+            sum_rows(self)
 
     def prepare(self, experts: nn.Module, number: str) -> None:
         """Give the experts of one layer the shapes that the configuration says."""

@@ -43,8 +43,12 @@ def expert_output(
 
 def expert_outputs(layer: ExpertLayer, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "experts tokens d"]:
     """Run every stored expert on every token, routed to it or not."""
-    experts = [dict(zip(PARTS, map(at_least_float32, layer.expert(e)), strict=False)) for e in range(len(layer))]
-    return torch.stack([expert_output(layer, weights, at_least_float32(x)) for weights in experts])
+    x = at_least_float32(x)
+
+    def run(e: int) -> Tensor:  # one expert in float32 at a time
+        return expert_output(layer, dict(zip(PARTS, map(at_least_float32, layer.expert(e)), strict=False)), x)
+
+    return torch.stack([run(e) for e in range(len(layer))])
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from notebook_kit.expert_merging.mapped import replaced, shell, shrink
+from notebook_kit.expert_merging.mapped import replaced, shell, shrink, sum_rows
 from notebook_kit.expert_merging.view import ExpertLayer, expert_view, fused_parts
 from notebook_kit.routing import RoutingTrace
 from notebook_kit.weights import at_least_float32
@@ -156,21 +156,24 @@ def cosine_similarity(vectors: Float[Tensor, "experts n"]) -> Float[Tensor, "exp
     return s.fill_diagonal_(1.0)
 
 
-def apply_plan(model: nn.Module, plan: Mapping[str, LayerPlan], combine: Combine) -> nn.Module:
-    """Build the smaller model: one stored expert a group, the router untouched, rows tied through a map.
+def apply_plan(model: nn.Module, plan: Mapping[str, LayerPlan], combine: Combine, *, router: str = "map") -> nn.Module:
+    """Build the smaller model: one stored expert a group, the router's rows untouched, tied through a map.
 
     Args:
         model: with its experts unmerged; not modified.
         plan: block name to `LayerPlan`, one for each routed layer.
         combine: (layer, group, weights) -> (gate [f, d], up [f, d], down [d, f], and biases if there are any) of the
             expert that stands for it.
+        router: "map" (rows are chosen one by one, and lead to their group) or "sum" (groups are chosen, by the sum of
+            their rows' probabilities).
 
     Returns:
         A new model. transformers models are of a subclass of their class that `save_pretrained` and
         `from_pretrained` carry; a list of experts holds one module several times.
 
     Raises:
-        ValueError: the plan lacks a layer or has a wrong number of experts.
+        ValueError: the plan lacks a layer or has a wrong number of experts; "sum" on a list of experts or a router
+            without a softmax.
     """
     layers = expert_view(model)
     missing = [layer.name for layer in layers if layer.name not in plan]
@@ -183,7 +186,8 @@ def apply_plan(model: nn.Module, plan: Mapping[str, LayerPlan], combine: Combine
             raise ValueError(f"the plan of {layer.name!r} is for {len(groups.expert_map)} experts, it has {len(layer)}")
         build = _fused if layer.fused else _listed
         experts[layer.name] = build(layer, groups, combine)
-    return replaced(model, experts)
+    new = replaced(model, experts)
+    return sum_rows(new) if router == "sum" else new
 
 
 @torch.no_grad()

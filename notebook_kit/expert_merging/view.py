@@ -43,6 +43,13 @@ class ExpertLayer:
         return not isinstance(self.experts, nn.ModuleList)
 
     @property
+    def width(self) -> int:
+        """Hidden units of an expert, f."""
+        if self.fused:
+            return fused_parts(self.experts)[0].shape[1]
+        return getattr(self.experts[0], self.names[0]).weight.shape[0]
+
+    @property
     def biased(self) -> bool:
         """Whether experts have biases."""
         return self.fused and bool(self.experts.has_bias)

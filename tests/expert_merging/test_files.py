@@ -1,5 +1,6 @@
 """Merging on disk: the same as in memory, with one layer in memory."""
 
+import ctypes
 import gc
 import json
 from pathlib import Path
@@ -75,8 +76,8 @@ def test_all_kept_is_the_identity_and_half_precision_stays(tmp_path):
     assert new.spec() == {name: old.spec()[name] for name in new}
 
 
-def large_checkpoint(folder: Path, layers=14, d=256, f=512) -> int:
-    """A sharded Mixtral of 190 MB, written layer by layer: never whole in memory either."""
+def large_checkpoint(folder: Path, layers=4, d=256, f=512) -> int:
+    """A sharded Mixtral of 54 MB, written layer by layer: never whole in memory either."""
     config = MixtralConfig(
         hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=256, num_local_experts=8, tie_word_embeddings=False, sliding_window=None,
@@ -111,20 +112,34 @@ def resident(kind: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
-def test_a_checkpoint_larger_than_the_memory_it_may_take(tmp_path):
+@pytest.fixture
+def memory_goes_back_at_once():
+    """Tensors of a real layer are freed to the system; the small ones here would stay in the allocator's heap."""
+    libc, threshold = ctypes.CDLL("libc.so.6"), -3  # M_MMAP_THRESHOLD
+    assert libc.mallopt(threshold, 1 << 18)
+    libc.malloc_trim(0)
+    yield
+    libc.mallopt(threshold, 1 << 25)
+
+
+@pytest.mark.usefixtures("memory_goes_back_at_once")
+@pytest.mark.parametrize("method", ["m_smoe", "sub_moe"])
+def test_merging_takes_the_memory_of_about_one_layer(method, tmp_path):
     total = large_checkpoint(tmp_path / "model")
     text = ids(n=8, length=64)
     saved(tmp_path / "small")
-    merge_expert_files(tmp_path / "small", tmp_path / "warm", text, progress=False)  # what is loaded once is loaded now
+    options = {"method": method, "progress": False}
+    merge_expert_files(tmp_path / "small", tmp_path / "warm", text, **options)  # what is loaded once is loaded now
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
-    merge_expert_files(tmp_path / "model", tmp_path / "out", text, n_experts=7, progress=False)
+    merge_expert_files(tmp_path / "model", tmp_path / "out", text, n_experts=6, **options)
     grown = resident("VmHWM") - before
     one_layer = 8 * 3 * 256 * 512 * 4
-    assert total > 14 * one_layer
-    assert grown < total / 2, f"{grown / 1e6:.0f} MB of a checkpoint of {total / 1e6:.0f} MB"
-    assert sum(t.nbytes for t in Checkpoint(tmp_path / "out").values()) < 0.9 * total
+    assert total > 4 * one_layer
+    # One layer, a third for embeddings and hidden states, a third for what runs through the layer; half as a margin.
+    assert grown < 2.25 * one_layer, f"{grown / one_layer:.2f} layers of {total / one_layer:.1f}"
+    assert sum(t.nbytes for t in Checkpoint(tmp_path / "out").values()) < 0.8 * total
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
