@@ -64,6 +64,7 @@ CASES = [
         for n, rows, columns, goal in ((1, 64, 8, 40), (2, 512, 256, 100))
     ),
 ]
+BLOCK = 10  # the two take turns in blocks, as a hand drags one slider for a while
 # One event, awaited until the next frame after the picture changed.
 OURS = """async ([cell, i]) => {
   const root = document.querySelectorAll('.jp-CodeCell')[cell];
@@ -124,11 +125,13 @@ def main(events: int = 40) -> None:
             print(f"{'picture':32}{'ours p50':>10}{'p95':>7}{'FigureWidget p50':>18}{'p95':>7}{'ratio':>7}   target")
             for case, (name, _, target) in enumerate(CASES):
                 times = {0: [], 1: []}
-                for i in range(events + 5):
+                for block in range(events // BLOCK):
                     for which, script in enumerate((OURS, THEIRS)):
-                        took = lab.page.evaluate(script, [1 + 2 * case + which, i])
-                        if i >= 5:  # warm-up
-                            times[which].append(took)
+                        for i in range(BLOCK + 3):
+                            lab.page.wait_for_timeout(60)  # about what a hand leaves between two steps
+                            took = lab.page.evaluate(script, [1 + 2 * case + which, block * BLOCK + i])
+                            if i >= 3:  # the first ones pay for what the other widget left behind
+                                times[which].append(took)
                 ours, theirs = (sorted(times[which]) for which in (0, 1))
                 p50, p95 = statistics.median(ours), ours[int(0.95 * len(ours))]
                 q50, q95 = statistics.median(theirs), theirs[int(0.95 * len(theirs))]

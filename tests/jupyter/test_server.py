@@ -21,16 +21,49 @@ def test_other_widgets_and_files_are_left_alone():
     keep_stills({"type": "notebook", "content": None})
 
 
-def test_the_server_calls_it_before_each_save():
-    class Contents:
-        def __init__(self):
-            self.hooks = []
+class Connection:
+    def __init__(self, handler):
+        self.websocket_handler = handler
 
-        def register_pre_save_hook(self, hook):
-            self.hooks.append(hook)
+    def connect(self):
+        return "connected"
 
-    class Server:
-        contents_manager = Contents()
 
-    _load_jupyter_server_extension(Server())
-    assert Server.contents_manager.hooks == [keep_stills]
+class Handler:
+    nodelay = False
+
+    def set_nodelay(self, value):
+        self.nodelay = value
+
+
+class Contents:
+    def __init__(self):
+        self.hooks = []
+
+    def register_pre_save_hook(self, hook):
+        self.hooks.append(hook)
+
+
+class App:
+    def __init__(self, settings):
+        self.settings = settings
+
+
+class Server:
+    def __init__(self, **settings):
+        self.contents_manager, self.web_app = Contents(), App(settings)
+
+
+def test_the_server_keeps_stills_and_sends_small_messages_at_once():
+    server = Server(kernel_websocket_connection_class=Connection)
+    _load_jupyter_server_extension(server)
+    assert server.contents_manager.hooks == [keep_stills]
+    handler = Handler()
+    assert server.web_app.settings["kernel_websocket_connection_class"](handler).connect() == "connected"
+    assert handler.nodelay
+
+
+def test_a_server_with_no_such_class_is_left_alone():
+    server = Server()
+    _load_jupyter_server_extension(server)
+    assert server.web_app.settings == {}
