@@ -53,7 +53,8 @@ def dare(
         density: share of entries kept, 1 − p.
         scale: λ, what multiplies the merged task vector.
         rescale: by 1/density (paper), to the old L1 norm (mergekit), or not at all.
-        elect: "none" sums the task vectors; "mass" or "count" elects signs and averages those that agree (DARE-TIES).
+        elect: "none" sums the task vectors; "mass" or "count" elects signs and averages those that agree (DARE-TIES);
+            where the vote is even, the base stays.
         weights: one factor an expert; None means 1 for each.
         seed: of the random masks; a tensor's mask depends on its name, not on its place.
 
