@@ -76,8 +76,8 @@ def test_all_kept_is_the_identity_and_half_precision_stays(tmp_path):
     assert new.spec() == {name: old.spec()[name] for name in new}
 
 
-def large_checkpoint(folder: Path, layers=4, d=256, f=512) -> int:
-    """A sharded Mixtral of 54 MB, written layer by layer: never whole in memory either."""
+def large_checkpoint(folder: Path, layers=8, d=256, f=512) -> int:
+    """A sharded Mixtral of 108 MB, written layer by layer: never whole in memory either."""
     config = MixtralConfig(
         hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=256, num_local_experts=8, tie_word_embeddings=False, sliding_window=None,
@@ -122,6 +122,7 @@ def memory_goes_back_at_once():
     libc.mallopt(threshold, 1 << 25)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel keeps the high-water mark")
 @pytest.mark.usefixtures("memory_goes_back_at_once")
 @pytest.mark.parametrize("method", ["m_smoe", "sub_moe"])
 def test_merging_takes_the_memory_of_about_one_layer(method, tmp_path):
@@ -136,9 +137,10 @@ def test_merging_takes_the_memory_of_about_one_layer(method, tmp_path):
     merge_expert_files(tmp_path / "model", tmp_path / "out", text, n_experts=6, **options)
     grown = resident("VmHWM") - before
     one_layer = 8 * 3 * 256 * 512 * 4
-    assert total > 4 * one_layer
-    # One layer, a third for embeddings and hidden states, a third for what runs through the layer; half as a margin.
-    assert grown < 2.25 * one_layer, f"{grown / one_layer:.2f} layers of {total / one_layer:.1f}"
+    assert total > 8 * one_layer
+    # One layer, a third for embeddings and hidden states, a third for what runs through the layer: 1.7 to 2.3 measured,
+    # with what the allocator of a long test run adds. The whole model would be more than 8.
+    assert grown < 3.5 * one_layer, f"{grown / one_layer:.2f} layers of {total / one_layer:.1f}"
     assert sum(t.nbytes for t in Checkpoint(tmp_path / "out").values()) < 0.8 * total
 
 
