@@ -11,10 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nbformat
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.browser.lab import running_lab
+from tests.browser.lab import running_lab, write_notebook
 
 SETUP = """
 import torch; torch.set_num_threads(1)
@@ -114,10 +112,8 @@ BURST = """async (cell) => {
 
 def main(events: int = 40) -> None:
     cells = [SETUP, *(source for _, pair, _ in CASES for source in pair)]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     with tempfile.TemporaryDirectory() as folder:
-        nbformat.write(notebook, Path(folder) / "latency.ipynb")
+        write_notebook(Path(folder) / "latency.ipynb", cells)
         with running_lab(Path(folder)) as lab:
             lab.open("latency.ipynb", height=6000)
             lab.run_all()

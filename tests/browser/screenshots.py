@@ -8,9 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import nbformat
-
-from tests.browser.lab import running_lab
+from tests.browser.lab import running_lab, write_notebook
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,10 +30,8 @@ live
 
 def readme() -> None:
     """Write docs/explore_ties.png: a live widget with two pinned runs."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(README_CELLS.strip())])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     with tempfile.TemporaryDirectory() as folder:
-        nbformat.write(notebook, Path(folder) / "readme.ipynb")
+        write_notebook(Path(folder) / "readme.ipynb", [README_CELLS])
         with running_lab(Path(folder)) as lab:
             lab.open("readme.ipynb", height=1300)
             lab.run_all()

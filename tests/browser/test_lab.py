@@ -3,10 +3,9 @@
 import os
 from pathlib import Path
 
-import nbformat
 import pytest
 
-from tests.browser.lab import chromium, running_lab
+from tests.browser.lab import chromium, running_lab, write_notebook
 
 pytestmark = pytest.mark.browser
 
@@ -50,9 +49,7 @@ def lab(tmp_path_factory):
             pytest.fail("no Chromium found, and NOTEBOOK_KIT_REQUIRE_BROWSER is set")
         pytest.skip("no Chromium on this machine: install it (Debian: chromium) to run the browser tests")
     folder: Path = tmp_path_factory.mktemp("lab")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "widgets.ipynb")
+    write_notebook(folder / "widgets.ipynb", CELLS)
     with running_lab(folder) as lab:
         lab.received = []
         lab.dialogs = []
