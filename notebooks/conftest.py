@@ -1,7 +1,7 @@
 """nbval runs every lesson's cells; then, in the same kernel, every control of every widget is moved to its ends.
 
-Printed results are compared where a cell asks for it; pictures and widgets are compared elsewhere. Widgets are driven in
-strict mode, where an exception in a callback is an error.
+Printed results are compared where a cell asks for it; pictures and widgets are compared elsewhere. Widgets are driven
+in strict mode, where an exception in a callback is an error.
 """
 
 import os

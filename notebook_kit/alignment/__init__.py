@@ -13,6 +13,7 @@ from notebook_kit.alignment.spec import (
     compose,
     invert,
     permute,
+    permute_tensor,
     random_permutations,
 )
 from notebook_kit.alignment.split_layer import Split, SplitLayer
@@ -49,6 +50,7 @@ __all__ = [
     "path_scores",
     "permutation_spec",
     "permute",
+    "permute_tensor",
     "pleas",
     "random_permutations",
     "record_features",

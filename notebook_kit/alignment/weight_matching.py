@@ -94,22 +94,19 @@ def weight_matching(
                 continue
             stale.discard(perm)
             plain, free = similarity(spec, perm, a, b, active, signs=perm in signed)
-            total, pairs = plain if free is None else free.abs().add_(plain), []
+            places, old, pairs, negative = torch.arange(len(plain)), found[perm], [], None
+            old_value, total = plain[places, old], plain
+            if free is not None:
+                old_value = old_value + free[places, old] * found.signs.get(perm, torch.ones(len(old)))
+                negative = free < 0
+                total = free.abs_().add_(plain)  # in place: n² entries are many
+            del plain, free
             if perm in nested:
                 value, pairs = match_experts(spec, nested[perm], a, b, active, signed)
-                total = plain + value
-            # Negated here and in place: with maximize=True scipy would hold one more copy, in float64.
-            cost = total.neg() if total is plain else total.neg_()
-            index = torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])
-            del total, cost
-            old, places = found[perm], torch.arange(len(index))
-            # Added up in the same way as the old value: rounding is no gain.
-            new_value = plain[places, index].double().sum()
-            new_value += free[places, index].abs().double().sum() if free is not None else 0
-            new_value += value[places, index].sum() if pairs else 0
-            old_value = plain[places, old].double().sum()
-            if free is not None:
-                old_value += (free[places, old] * found.signs.get(perm, torch.ones(len(old)))).double().sum()
+                total = total + value
+            # Negated here: with maximize=True scipy would hold one more copy, in float64.
+            index = torch.from_numpy(linear_sum_assignment(total.neg_().cpu().numpy())[1])
+            new_value, old_value = -total[places, index].double().sum(), old_value.double().sum()
             if pairs:
                 old_value += sum(_value(spec, unit, a, b, found, active, signed) for unit in nested[perm])
             gain = (new_value - old_value).item()
@@ -121,8 +118,8 @@ def weight_matching(
                 found[unit] = active[unit] = order
                 if sign is not None:
                     found.signs[unit] = active.signs[unit] = sign
-            if free is not None:
-                sign = torch.where(free[places, index] < 0, -1.0, 1.0)
+            if negative is not None:
+                sign = torch.where(negative[places, index], -1.0, 1.0)
                 found.signs[perm] = active.signs[perm] = sign
             found.objective.append(found.objective[-1] + gain)
             stale |= neighbours[perm]

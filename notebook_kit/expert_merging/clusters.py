@@ -1,6 +1,6 @@
 """Groups of experts that compute alike: k-means and agglomerative clustering of a few points."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -69,6 +69,28 @@ def agglomerate(points: Float[Tensor, "n d"], k: int, linkage: str = "average") 
             members[n + step] = members.pop(int(a)) + members.pop(int(b))
     labels = {member: number for number, group in enumerate(members.values()) for member in group}
     return groups_of([labels[i] for i in range(n)])
+
+
+def share_budget(cosines: Mapping[str | int, Float[Tensor, "_ _"]], n_experts: int) -> dict[str | int, int]:
+    """Share L · n_experts clusters among L layers: more where experts' outputs differ more.
+
+    A layer's diversity is its mean of 1 − cos over pairs; shares are proportional to it by Webster's rule, at least 1
+    and at most all.
+
+    Args:
+        cosines: layer to the cosines of its experts' outputs.
+        n_experts: clusters of a layer, on average.
+
+    Returns:
+        Layer to clusters; they add up to L · n_experts.
+    """
+    diversity = {name: max((1 - cosine).mean().item(), 0.0) + 1e-12 for name, cosine in cosines.items()}
+    most = {name: len(cosine) for name, cosine in cosines.items()}
+    counts = dict.fromkeys(cosines, 1)
+    for _ in range(n_experts * len(counts) - len(counts)):  # each goes where clusters are scarcest for the diversity
+        open_ = [name for name in counts if counts[name] < most[name]]
+        counts[max(open_, key=lambda name: diversity[name] / (counts[name] + 0.5))] += 1
+    return counts
 
 
 def groups_of(labels: Sequence[int]) -> Groups:

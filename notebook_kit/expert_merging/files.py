@@ -1,28 +1,29 @@
-"""Merge the experts of a checkpoint on disk, layer by layer: no more than one layer is ever in memory.
+"""Merge the experts of a checkpoint on disk: never as much as one layer's experts in memory.
 
-One pass does all. The calibration text runs through the model; each decoder layer is read from the shards when its
-turn comes, hidden states go through it, its router is heard, and its experts are let go. Then they are read again, one
-by one, aligned and added up, and a group is written before the next one begins.
+First the calibration text runs through the model: each decoder layer is read when its turn comes, and its experts one
+at a time, each for the tokens that the router sends it. When all layers are heard the plan is made. Then, layer by
+layer, experts are read again, one at a time, aligned and added up, and a group is written before the next one begins.
 
-Memory, beside embeddings and hidden states: one layer, or while merging four experts in float32 (the sum, the leader, a
-member before and after) and 20 f² bytes that the assignment needs, whichever is more.
+Memory, beside embeddings and hidden states: attention and one expert; while merging, four experts in float32 (the sum,
+the leader, a member before and after) and 20 f² bytes that the assignment needs; where outputs are compared, those of
+all experts on f tokens, which is a third of a layer, twice.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import transformers
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from notebook_kit.checkpoints import INDEX, Checkpoint, TensorWriter, atomic
 from notebook_kit.expert_merging.align_experts import Aligner, average_group
-from notebook_kit.expert_merging.clusters import agglomerate, k_means, led_by_usage
+from notebook_kit.expert_merging.clusters import agglomerate, k_means, led_by_usage, share_budget
+from notebook_kit.expert_merging.disk import FILES, DiskLayer, disk_layers, empty_model, known_config, run_from_disk
 from notebook_kit.expert_merging.m_smoe import SIMILARITIES, expert_similarity
 from notebook_kit.expert_merging.mapped import ARCHITECTURES, merged_classes
 from notebook_kit.expert_merging.outputs import output_statistics
@@ -33,16 +34,8 @@ from notebook_kit.expert_merging.plan import (
     group_by_similarity,
     merge_weights_of,
 )
-from notebook_kit.expert_merging.view import ExpertLayer, expert_view
 from notebook_kit.hyperparameters import Choice, Range, hyperparameters, validate
 
-# model type: how files call the block, and an expert's gate, up and down
-FILES = {
-    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
-    "qwen2_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
-    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
-    "olmoe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
-}
 FILE_METHODS = ("m_smoe", "average_experts", "hc_smoe", "sub_moe")
 
 
@@ -65,7 +58,8 @@ def merge_expert_files(
     *,
     method: Annotated[str, Choice(*FILE_METHODS)] = "m_smoe",
     n_experts: Annotated[int, Range(1, 512)] = 4,
-    align: bool = True,
+    align: Annotated[bool | str, Choice(True, False, "weight", "sketch")] = True,
+    adaptive: bool = False,
     similarity: Annotated[str, Choice(*SIMILARITIES)] = "router-logits",
     chunk: Annotated[int, Range(1, 1024, log=True)] = 8,
     progress: bool = True,
@@ -79,9 +73,11 @@ def merge_expert_files(
         ids: calibration text, token ids.
         method: which experts join: as `m_smoe`, `average_experts`, `hc_smoe` or `sub_moe` (whole matrices).
         n_experts: experts that each layer stores afterwards.
-        align: bring members into the dominant expert's order first (not for average_experts).
+        align: bring members into the dominant expert's order first (not for average_experts): True or "weight",
+            "sketch" (faster, a little worse, see `Aligner`), False.
+        adaptive: let layers keep different numbers, n_experts on average (not for hc_smoe), as the method does.
         similarity: what groups experts, for m_smoe and average_experts.
-        chunk: sequences that run through a layer at a time; hidden states of all are kept.
+        chunk: sequences that run through attention at a time; hidden states of all are kept.
         progress: show a bar.
         finish: called with (hidden folder, layers) before the result takes its name: may add files.
 
@@ -89,13 +85,18 @@ def merge_expert_files(
         One entry a routed layer.
 
     Raises:
-        ValueError: an architecture that is not known on disk, a quantised checkpoint, too few experts or no text.
+        ValueError: an architecture that is not known on disk, a quantised checkpoint, too few experts or no text;
+            adaptive with hc_smoe.
         FileExistsError: `out` is there already.
         BadCheckpoint: as `Checkpoint`.
     """
     schema = hyperparameters(merge_expert_files)
-    choices = {"method": method, "n_experts": n_experts, "similarity": similarity, "chunk": chunk}
+    choices = {"method": method, "n_experts": n_experts, "align": align, "similarity": similarity, "chunk": chunk}
     validate(schema, choices)
+    if adaptive and method == "hc_smoe":
+        raise ValueError(
+            "adaptive goes with m_smoe, average_experts and sub_moe: hc_smoe has no rule that compares layers"
+        )
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; give a folder that does not")
@@ -103,129 +104,108 @@ def merge_expert_files(
         raise FileNotFoundError(f"no folder {out.absolute().parent} to write {out.name} in")
     if ids.numel() == 0:
         raise ValueError("the calibration text is empty")
-    config = _config(folder)
-    checkpoint = Checkpoint(folder)
-    model = _empty(config, checkpoint)
+    config, checkpoint = known_config(folder), Checkpoint(folder)
     check_n_experts(n_experts, {"": torch.empty(getattr(config, ARCHITECTURES[config.model_type][1]))}, method)
+    model = empty_model(config, checkpoint)
+    layers = disk_layers(model, checkpoint)
     from tqdm.auto import tqdm
 
-    with atomic(out) as partial:
+    with (
+        atomic(out) as partial,
+        tqdm(total=2 * len(model.layers), desc=f"merging with {method}", unit="layer", disable=not progress) as bar,
+    ):
         partial.mkdir()
-        bar = tqdm(total=len(model.layers), desc=f"merging with {method}", unit="layer", disable=not progress)
-        job = _Job(checkpoint, config, partial, choices | {"align": align}, bar)
-        for number, layer in enumerate(model.layers):
-            layer.forward = job.streamed(layer, number)  # its attributes stay readable
-        try:
-            model(input_ids=ids, use_cache=False)
-        finally:
-            bar.close()
-        job.write_rest(len(model.layers))
-        _finish_folder(folder, partial, config, job)
+        evidence: dict[int, _Evidence] = {}
+
+        def heard(number: int, logits: Tensor, chosen: Tensor, x: Tensor) -> None:
+            evidence[number] = _evidence(layers[number], logits, chosen, x, method, similarity)
+
+        run_from_disk(model, layers, ids, heard, chunk=chunk, step=bar.update)
+        plans = _plans(evidence, method, n_experts, adaptive)
+        how = {True: "weight", False: "none"}.get(align, align)
+        combine = average_group(Aligner("none" if method == "average_experts" else how))
+        writer, merged = _Writer(checkpoint, config, partial), []
+        for number in range(len(model.layers)):
+            if number not in layers:
+                writer.write(number, {})
+            else:
+                size = writer.merge(layers[number], number, plans[number], combine)
+                seen = evidence[number]
+                merged.append(MergedLayer(layers[number].name, seen.usage, seen.similarity, plans[number], size))
+            bar.update()
+        writer.write_rest(len(model.layers))
+        _finish_folder(folder, partial, config, writer)
         if finish is not None:
-            finish(partial, job.layers)
-    return job.layers
+            finish(partial, merged)
+    return merged
 
 
 @dataclass(frozen=True)
-class _OnDisk(ExpertLayer):
-    """A layer whose experts are read when they are asked for, and not kept; the block has shapes alone."""
+class _Evidence:
+    """What a layer's plan needs: usage [N], similarity [N, N], and what is clustered, mean outputs or cosines."""
 
-    read: Callable[[int], tuple[Tensor, ...]]
+    usage: Float[Tensor, " experts"]
+    similarity: Float[Tensor, "experts experts"]
+    points: Float[Tensor, "experts n"] | None = None
 
-    def expert(self, e: int) -> tuple[Tensor, ...]:
-        return self.read(e)
+
+def _evidence(layer: DiskLayer, logits: Tensor, chosen: Tensor, x: Tensor, method: str, similarity: str) -> _Evidence:
+    usage = torch.bincount(chosen.reshape(-1), minlength=logits.shape[1]).float()
+    usage = usage / usage.sum()
+    if method in ("m_smoe", "average_experts"):
+        return _Evidence(usage, expert_similarity(layer, logits.float(), similarity))
+    cosine, means = output_statistics(layer, x, chunk=layer.width)
+    return _Evidence(usage, (1 + cosine) / 2, means if method == "hc_smoe" else cosine)
 
 
-class _Job:
-    """What one pass carries from layer to layer."""
+def _plans(evidence: Mapping[int, _Evidence], method: str, n: int, adaptive: bool) -> dict[int, LayerPlan]:
+    usage = {number: seen.usage for number, seen in evidence.items()}
+    if method in ("m_smoe", "average_experts"):
+        leaders = dominant_experts(usage, n, adaptive=adaptive)
+        groups = {number: group_by_similarity(leaders[number], seen.similarity) for number, seen in evidence.items()}
+    else:
+        counts = dict.fromkeys(evidence, n)
+        if adaptive:
+            counts = share_budget({number: seen.points for number, seen in evidence.items()}, n)
+        groups = {
+            number: led_by_usage(
+                (agglomerate if method == "hc_smoe" else k_means)(seen.points, counts[number]), seen.usage
+            )
+            for number, seen in evidence.items()
+        }
+    rule = "uniform" if method == "average_experts" else "frequency"
+    return {number: LayerPlan(found, merge_weights_of(usage[number], found, rule)) for number, found in groups.items()}
 
-    def __init__(self, checkpoint: Checkpoint, config, folder: Path, choices: Mapping, bar):
-        self.checkpoint, self.config, self.folder, self.choices, self.bar = checkpoint, config, folder, choices, bar
-        self.layers: list[MergedLayer] = []
+
+class _Writer:
+    """Writes one shard a layer, and remembers what the index and the configuration must say."""
+
+    def __init__(self, checkpoint: Checkpoint, config, folder: Path):
+        self.checkpoint, self.config, self.folder = checkpoint, config, folder
         self.maps: dict[str, list[int]] = {}
         self.weight_map: dict[str, str] = {}
         self.total_bytes = 0
 
-    def streamed(self, layer: nn.Module, number: int):
-        original = layer.forward
-
-        def forward(hidden_states: Tensor, *args, **kwargs):
-            layer.load_state_dict(self.read(layer, number), assign=True)
-            heard: list[tuple[Tensor, Tensor, Tensor]] = []
-            views = expert_view(layer) if hasattr(layer.mlp, "experts") else []
-            hooks = [view.router_module.register_forward_hook(_listen(heard, self.choices)) for view in views]
-            whole, n = torch.empty_like(hidden_states), len(hidden_states)
-            for start in range(0, n, self.choices["chunk"]):
-                span = slice(start, start + self.choices["chunk"])
-                cut = {k: v[span] if isinstance(v, Tensor) and n > 1 and len(v) == n else v for k, v in kwargs.items()}
-                output = original(hidden_states[span], *args, **cut)
-                whole[span] = output[0] if isinstance(output, tuple) else output
-                del output
-            for hook in hooks:
-                hook.remove()
-            if views:
-                block = ExpertLayer(f"model.layers.{number}.mlp", views[0].block)
-                joined = [torch.cat(pieces) for pieces in zip(*heard, strict=True)]
-                heard.clear()
-                self.merge(block, number, *joined)
-            else:
-                self.write(number, {})
-            layer.to("meta")
-            self.bar.update()
-            return whole
-
-        return forward
-
-    def read(self, layer: nn.Module, number: int) -> dict[str, Tensor]:
-        """The tensors of one decoder layer, experts fused as in memory; one file tensor at a time beside them."""
-        block, (gate, up, down) = FILES[self.config.model_type]
-        start, found = f"model.layers.{number}.", {}
-        for key, slot in layer.state_dict().items():
-            if not key.startswith("mlp.experts."):
-                found[key] = self.checkpoint[start + key.replace("mlp.", f"{block}.", 1)]
-                continue
-            names = (gate, up) if key.endswith("gate_up_proj") else (down,)
-            for e in range(len(slot)):
-                for place, name in enumerate(names):
-                    part = self.checkpoint[f"{start}{block}.experts.{e}.{name}.weight"]
-                    if key not in found:
-                        found[key] = torch.empty(slot.shape, dtype=part.dtype)
-                    found[key][e].chunk(len(names))[place].copy_(part)
-                    del part
-        return found
-
-    def merge(self, layer: ExpertLayer, number: int, logits: Tensor, chosen: Tensor, x: Tensor) -> None:
-        """Plan one layer, let its experts go, and write the merged ones."""
-        usage = torch.bincount(chosen.reshape(-1), minlength=logits.shape[1]).float()
-        usage = usage / usage.sum()
-        plan, s = _plan(layer, usage, logits.float(), x, self.choices)
-        layer.experts.to("meta")
-        align = self.choices["align"] and self.choices["method"] != "average_experts"
-        combine = average_group(Aligner("weight" if align else "none"))
-        block, names = FILES[self.config.model_type]
-        shapes = [part.shape for part in layer.expert(0)]
-        dtype, start = layer.gate.dtype, f"model.layers.{number}.{block}.experts."
+    def merge(self, layer: DiskLayer, number: int, plan: LayerPlan, combine) -> tuple[int, int]:
+        """Write a layer with merged experts; returns the bytes of its experts before and after."""
+        spec = [self.checkpoint.spec()[f"{layer.prefix}.experts.0.{name}.weight"] for name in layer.matrices]
         new = {
-            f"{start}{g}.{name}.weight": (tuple(shape), dtype)
+            f"{layer.prefix}.experts.{g}.{name}.weight": entry
             for g in range(len(plan.groups))
-            for name, shape in zip(names, shapes, strict=True)
+            for name, entry in zip(layer.matrices, spec, strict=True)
         }
-
-        def read(e: int) -> tuple[Tensor, ...]:
-            return tuple(self.checkpoint[f"{start}{e}.{name}.weight"] for name in names)
-
-        source = _OnDisk(layer.name, layer.block, read)
 
         def experts():
             for group, weights in zip(plan.groups, plan.weights, strict=True):
-                yield from (tensor.to(dtype) for tensor in combine(source, group, weights))
+                for tensor, (_, dtype) in zip(combine(layer, group, weights), spec, strict=True):
+                    yield tensor.to(dtype)
 
         self.write(number, new, experts())
         self.maps[str(number)] = list(plan.expert_map)
-        size = sum(shape.numel() for shape in shapes) * dtype.itemsize
-        self.layers.append(MergedLayer(layer.name, usage, s, plan, (len(layer) * size, len(plan.groups) * size)))
+        size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in spec)
+        return len(layer) * size, len(plan.groups) * size
 
-    def write(self, number: int, new: Mapping, experts=()) -> None:
+    def write(self, number: int, new: Mapping, experts: Iterable[Tensor] = ()) -> None:
         """One shard: what is not an expert of that layer as it was, then its experts."""
         start, block = f"model.layers.{number}.", FILES[self.config.model_type][0]
         own = [name for name in self.checkpoint if name.startswith(start)]
@@ -235,7 +215,7 @@ class _Job:
         """The shard of what is in no layer."""
         self._shard(n_layers, [name for name in self.checkpoint if not name.startswith("model.layers.")], {}, ())
 
-    def _shard(self, number: int, kept: list[str], new: Mapping, experts) -> None:
+    def _shard(self, number: int, kept: list[str], new: Mapping, experts: Iterable[Tensor]) -> None:
         shards = self.config.num_hidden_layers + 1
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         spec = {name: self.checkpoint.spec()[name] for name in kept} | dict(new)
@@ -248,65 +228,14 @@ class _Job:
         self.total_bytes += sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in spec.values())
 
 
-def _plan(layer: ExpertLayer, usage: Tensor, logits: Tensor, x: Tensor, choices: Mapping) -> tuple[LayerPlan, Tensor]:
-    n, rule = choices["n_experts"], "frequency"
-    if choices["method"] in ("m_smoe", "average_experts"):
-        s = expert_similarity(layer, logits, choices["similarity"])
-        groups = group_by_similarity(dominant_experts({"": usage}, n)[""], s)
-        rule = "frequency" if choices["method"] == "m_smoe" else "uniform"
-    else:
-        cosine, means = output_statistics(layer, x)
-        s = (1 + cosine) / 2
-        groups = agglomerate(means, n) if choices["method"] == "hc_smoe" else k_means(cosine, n)
-        groups = led_by_usage(groups, usage)
-    return LayerPlan(groups, merge_weights_of(usage, groups, rule)), s
-
-
-def _listen(heard: list, choices: Mapping):
-    """Logits and choices of a router; its inputs too where the method runs experts on them."""
-
-    def hook(module: nn.Module, args: tuple, output: tuple) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1])
-        logits, _, chosen = output
-        heard.append((logits, chosen, x if choices["method"] in ("hc_smoe", "sub_moe") else x[:, :0]))
-
-    return hook
-
-
-def _config(folder: Path):
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {folder}: it must be the folder of a transformers model")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if config.model_type not in FILES:
-        raise ValueError(
-            f"{folder} holds a {config.model_type}; known on disk are {', '.join(FILES)} (load others into memory "
-            "and call the method on them)"
-        )
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{folder} is quantised; merging averages weights, so give the original checkpoint")
-    return config
-
-
-def _empty(config, checkpoint: Checkpoint) -> nn.Module:
-    """The decoder without any layer's weights; embeddings are read."""
-    name = ARCHITECTURES[config.model_type][0]
-    with torch.device("meta"):
-        model = getattr(transformers, f"{name}Model")(config)
-    model.rotary_emb = type(model.rotary_emb)(config)
-    model.set_experts_implementation("eager")  # grouped_mm would copy two thirds of a layer
-    for part in ("embed_tokens", "norm"):
-        getattr(model, part).load_state_dict({"weight": checkpoint[f"model.{part}.weight"]}, assign=True)
-    return model.eval()
-
-
-def _finish_folder(source: Path, target: Path, config, job: _Job) -> None:
+def _finish_folder(source: Path, target: Path, config, writer: _Writer) -> None:
     for file in source.iterdir():
         small = file.suffix in (".json", ".txt", ".model", ".jinja", ".md") and file.name not in (INDEX, "config.json")
         if file.is_file() and small:
             shutil.copyfile(file, target / file.name)
     config_class, model_class = merged_classes(config.model_type)
     new = config_class.from_dict(config.to_dict() | {"model_type": config_class.model_type})
-    new.expert_map, new.architectures = job.maps, [model_class.__name__]
+    new.expert_map, new.architectures = writer.maps, [model_class.__name__]
     new.save_pretrained(target)
-    index = {"metadata": {"total_size": job.total_bytes}, "weight_map": dict(sorted(job.weight_map.items()))}
+    index = {"metadata": {"total_size": writer.total_bytes}, "weight_map": dict(sorted(writer.weight_map.items()))}
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

@@ -33,7 +33,7 @@ def m_smoe(
     trace: RoutingTrace,
     *,
     n_experts: Annotated[int, Range(1, 512)] = 4,
-    align: Annotated[bool | str, Choice(True, False, "weight", "activation")] = True,
+    align: Annotated[bool | str, Choice(True, False, "weight", "sketch", "activation")] = True,
     similarity: Annotated[str, Choice(*SIMILARITIES)] = "router-logits",
     merge_weights: Annotated[str, Choice("frequency", "uniform", "reversed")] = "frequency",
     adaptive: bool = False,
@@ -58,7 +58,8 @@ def m_smoe(
             experts.
         trace: `record_routing(model)` over calibration text.
         n_experts: experts that each layer stores afterwards; on average where adaptive.
-        align: permute units before averaging: True or "weight" (weights alone), "activation", False.
+        align: permute units before averaging: True or "weight" (weights alone), "sketch" (weights projected to 256
+            dimensions: faster where d is larger), "activation", False.
         similarity: what groups experts: router logits on the trace, router rows, or the experts' raw weights.
         merge_weights: how members count: by usage, all alike, or by 1 − usage.
         adaptive: rank experts over all layers together, so that each layer gets its own number.

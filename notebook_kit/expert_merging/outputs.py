@@ -53,19 +53,20 @@ def expert_outputs(layer: ExpertLayer, x: Float[Tensor, "tokens d"]) -> Float[Te
 
 @torch.no_grad()
 def output_statistics(
-    layer: ExpertLayer, x: Float[Tensor, "tokens d"]
+    layer: ExpertLayer, x: Float[Tensor, "tokens d"], *, chunk: int = CHUNK
 ) -> tuple[Float[Tensor, "experts experts"], Float[Tensor, "experts d"]]:
     """How alike experts' outputs are, every expert run on every token.
 
     Args:
         layer: from `expert_view`.
         x: what its experts receive, [T, d].
+        chunk: tokens that run at a time; every expert is read once for each chunk.
 
     Returns:
         Sim_ij = 1/T Σ_t cos(E_i(x_t), E_j(x_t)) in [−1, 1], and the mean outputs o_i = 1/T Σ_t E_i(x_t).
     """
     cosine, mean = 0, 0
-    for piece in x.split(CHUNK):
+    for piece in x.split(max(chunk, CHUNK)):
         outputs = expert_outputs(layer, piece)
         unit = nn.functional.normalize(outputs, dim=-1).flatten(1)
         cosine, mean = cosine + unit @ unit.T, mean + outputs.sum(1)

@@ -105,18 +105,18 @@ def check_n_experts(n_experts: int, usage: Mapping[str, Tensor], owner: str) -> 
 
 
 def dominant_experts(
-    scores: Mapping[str, Float[Tensor, " experts"]], n_experts: int, *, adaptive: bool = False
-) -> dict[str, list[int]]:
+    scores: Mapping[str | int, Float[Tensor, " experts"]], n_experts: int, *, adaptive: bool = False
+) -> dict[str | int, list[int]]:
     """Pick the experts that stay: the highest scores, in each layer or over all layers together.
 
     Args:
-        scores: block name to scores, such as usage.
+        scores: block name (or number) to scores, such as usage.
         n_experts: per layer, or on average per layer where adaptive.
         adaptive: rank (layer, expert) pairs together; each layer's best is forced in, and the rest of the budget
             goes to the highest scores anywhere. Ties go to the earlier layer and expert.
 
     Returns:
-        Block name to the experts that stay, in rising order.
+        Block to the experts that stay, in rising order.
     """
     order = {name: shares.argsort(descending=True, stable=True).tolist() for name, shares in scores.items()}
     if not adaptive:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from notebook_kit.catalog import method
 from notebook_kit.expert_merging.align_experts import Aligner, average_group
-from notebook_kit.expert_merging.clusters import k_means, led_by_usage
+from notebook_kit.expert_merging.clusters import k_means, led_by_usage, share_budget
 from notebook_kit.expert_merging.factored import KINDS, Factors, factor_experts
 from notebook_kit.expert_merging.outputs import Inputs, calibration_inputs, hidden_units, output_statistics
 from notebook_kit.expert_merging.plan import (
@@ -36,6 +36,7 @@ def sub_moe(
     align: bool = False,
     axis: Annotated[str, Choice("output", "input")] = "output",
     merge_weights: Annotated[str, Choice("frequency", "uniform")] = "frequency",
+    adaptive: bool = False,
     n_calibration: Annotated[int, Range(64, 16384, log=True)] = 2048,
     batches: Iterable | None = None,
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0,
@@ -55,7 +56,7 @@ def sub_moe(
     Args:
         model: as `m_smoe`.
         trace: `record_routing(model)` over calibration text.
-        n_experts: clusters of each layer.
+        n_experts: clusters of each layer; on average where adaptive.
         rank: r of every stored matrix, at most the smaller side of a matrix; None stores whole matrices.
         whitening: weigh directions by how inputs use them before the SVD: by the second moment of the inputs routed
             to each expert, or its diagonal. Changes nothing without a rank.
@@ -63,6 +64,7 @@ def sub_moe(
             no common order until this is done.
         axis: what the shared basis of a cluster spans.
         merge_weights: by usage, or all alike.
+        adaptive: share the clusters of all layers by how much the outputs of their experts differ, mean of 1 − Sim.
         n_calibration: tokens that experts run on.
         batches: inputs to run; the text of the trace by default.
         seed: of k-means.
@@ -75,11 +77,13 @@ def sub_moe(
         ValueError: as `m_smoe`; a rank that matrices do not have; whitening with axis="input".
 
     Source: Li et al. (2025), read second-hand. The router is kept and its rows mapped, as in M-SMoE; the paper's own
-        rule was not to be had. Its "adaptive" number of clusters is not given; all layers keep the same here.
+        rule was not to be had. Its rule for an "adaptive" number of clusters is not given either; `adaptive` is ours.
     """
     if inputs is None:
         inputs = calibration_inputs(model, trace, batches, most=n_calibration)
-    plan = plan_sub_moe(model, trace, inputs, n_experts=n_experts, merge_weights=merge_weights, seed=seed)
+    plan = plan_sub_moe(
+        model, trace, inputs, n_experts=n_experts, merge_weights=merge_weights, adaptive=adaptive, seed=seed
+    )
     aligner = Aligner("weight" if align else "none")
     if rank is None:
         return apply_plan(model, plan, average_group(aligner))
@@ -101,6 +105,7 @@ def plan_sub_moe(
     *,
     n_experts: int = 4,
     merge_weights: str = "frequency",
+    adaptive: bool = False,
     seed: int = 0,
 ) -> dict[str, LayerPlan]:
     """Decide which experts join, and with what weight: step 1 of `sub_moe`.
@@ -110,11 +115,12 @@ def plan_sub_moe(
     """
     usage = usage_of(trace, model)
     check_n_experts(n_experts, usage, "sub_moe")
+    similar = {layer.name: output_statistics(layer, inputs[layer.name][0])[0] for layer in expert_view(model)}
+    counts = share_budget(similar, n_experts) if adaptive else dict.fromkeys(similar, n_experts)
     plan = {}
-    for layer in expert_view(model):
-        similar, _ = output_statistics(layer, inputs[layer.name][0])
-        groups = led_by_usage(k_means(similar, n_experts, seed=seed), usage[layer.name])
-        plan[layer.name] = LayerPlan(groups, merge_weights_of(usage[layer.name], groups, merge_weights))
+    for name, cosine in similar.items():
+        groups = led_by_usage(k_means(cosine, counts[name], seed=seed), usage[name])
+        plan[name] = LayerPlan(groups, merge_weights_of(usage[name], groups, merge_weights))
     return plan
 
 

@@ -98,6 +98,10 @@ class ExpertLayer:
             return tuple(part[e] for part in fused_parts(self.experts))
         return tuple(getattr(self._unique()[e], name).weight.detach() for name in self.names)
 
+    def part(self, e: int, place: int) -> Float[Tensor, "..."]:
+        """One tensor of one stored expert, in the order of `PARTS`."""
+        return self.expert(e)[place]
+
     @property
     def gate_bias(self) -> Float[Tensor, "experts f"]:
         """Biases of the gate rows, where there are biases: a view."""

@@ -35,7 +35,7 @@ def merge_experts(
         tokens: of the text that are used, at most.
         length: of a sequence, in tokens.
         progress: show a bar.
-        choices: method, n_experts, align, similarity of `merge_expert_files`.
+        choices: method, n_experts, align, adaptive, similarity of `merge_expert_files`.
 
     Returns:
         The folder written; the report is merge_report.html in it.
@@ -49,7 +49,11 @@ def merge_experts(
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     ids = calibration_ids(folder, Path(calibration), tokens, length)
-    about = {"model": folder.name, "method": method, "experts per layer afterwards": n}
+    about = {
+        "model": folder.name,
+        "method": method,
+        "experts per layer afterwards": f"{n} on average" if choices.get("adaptive") else n,
+    }
     about |= {"calibration": f"{Path(calibration).name}, {ids.numel():,} tokens"}
 
     def report(target: Path, layers: list[MergedLayer]) -> None:

@@ -85,6 +85,25 @@ def test_planted_copies_merge_without_loss_by_activations():
     assert (logits(naive) - before).abs().max() > 1e-2 * before.abs().max()
 
 
+def test_a_sketch_finds_planted_copies_and_most_of_what_matching_finds():
+    layer = expert_view(plant()[0])[0]
+    exact, rough = Aligner("weight"), Aligner("sketch", sketch=8)
+    for copy_, original in ((4, 0), (5, 1)):
+        assert torch.equal(rough.order(layer, copy_, original)["units"], exact.order(layer, copy_, original)["units"])
+        assert torch.equal(
+            rough.order(layer, copy_, original).signs["units"], exact.order(layer, copy_, original).signs["units"]
+        )
+
+    def agreement(aligner):
+        a, b = expert_of(layer, 0), aligner(layer, 1, 0)
+        return sum((a[name] * b[name]).sum().item() for name in a)
+
+    assert agreement(Aligner("none")) < 0.5 * agreement(rough) < 0.5 * agreement(exact)
+    assert torch.equal(Aligner("sketch").order(layer, 1, 0)["units"], exact.order(layer, 1, 0)["units"])  # d is small
+    with pytest.raises(ValueError, match=r'how must be .*got "?\'?best'):
+        Aligner("best")
+
+
 def test_an_expert_that_is_never_used_leaves_the_merge_unchanged():
     model, _, _ = prepared()
     trace = made_up_trace(model, [0.3, 0.3, 0.2, 0.2, 0, 0, 0, 0])
