@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from notebook_kit.mixtures import MoE
 
 #        d_model, d_ff, experts, k
-SHAPES = [(256, 512, 8, 2), (256, 128, 64, 8)]
+SHAPES = [(256, 512, 8, 2), (256, 128, 64, 8), (256, 64, 256, 8)]
 TOKENS = [16, 128, 512, 2048]
 RUNS = 31
 

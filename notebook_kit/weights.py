@@ -51,7 +51,7 @@ def check(base: Weights, experts: Sequence[Weights], *, names: Sequence[str] | N
         ValueError: no experts, or NaN or Inf in a tensor.
         TypeError: `experts` is itself a state dict, or an expert is not a mapping of tensors.
     """
-    _check_structure(base, experts, names)
+    check_structure(base, experts, names)
     for name, weights in zip(_labels(experts, names), (base, *experts), strict=True):
         for key in base:
             _check_finite(weights[key], key, name)
@@ -191,8 +191,8 @@ def merge_files(
         )
     base_path, out_path = Path(base_path), Path(out_path)
     base, experts = Checkpoint(base_path), [Checkpoint(path) for path in expert_paths]
-    _check_out(base_path, [base, *experts], out_path)
-    _check_structure(base, experts, [str(path) for path in expert_paths])
+    check_out(base_path, [base, *experts], out_path)
+    check_structure(base, experts, [str(path) for path in expert_paths])
 
     entry = entry_of(method)
     arguments = dict(hyperparameter_values)
@@ -202,7 +202,7 @@ def merge_files(
     with atomic(out_path) as partial:
         if base_path.is_dir():
             partial.mkdir()
-            _copy_small_files(base_path, partial)
+            copy_small_files(base_path, partial)
         bar = _progress(len(base), f"merging with {method.__name__}", progress)
         for file in base.files:
             keys = [key for key in base if base.file_of(key) == file]
@@ -216,10 +216,14 @@ def merge_files(
 
 
 def _merge_one(method: Callable, key: str, base: Weights, experts: Sequence[Weights], arguments: dict) -> Tensor:
-    return method({key: base[key]}, [{key: expert[key]} for expert in experts], **arguments)[key]
+    merged = method({key: base[key]}, [{key: expert[key]} for expert in experts], **arguments)
+    if not isinstance(merged, Mapping):
+        raise TypeError(f"{method.__name__} makes {type(merged).__name__}, not one model: call it on weights in memory")
+    return merged[key]
 
 
-def _check_out(base_path: Path, inputs: Sequence[Checkpoint], out_path: Path) -> None:
+def check_out(base_path: Path, inputs: Sequence[Checkpoint], out_path: Path) -> None:
+    """Refuse a place to write that is one of the inputs, is taken, or has no folder to be in."""
     for path in (path for checkpoint in inputs for path in (checkpoint.path, *checkpoint.files)):
         if out_path.resolve() == path.resolve():
             raise FileExistsError(f"out_path {out_path} is one of the inputs")
@@ -231,7 +235,8 @@ def _check_out(base_path: Path, inputs: Sequence[Checkpoint], out_path: Path) ->
         raise FileNotFoundError(f"no folder {out_path.absolute().parent} to write {out_path.name} in")
 
 
-def _copy_small_files(source: Path, target: Path) -> None:
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy what stands beside the weights: configuration, tokenizer, index."""
     # The index stays true: the result has base's tensors in base's shards.
     for file in source.iterdir():
         if file.is_file() and (file.name == INDEX or file.suffix in (".json", ".txt", ".model", ".jinja", ".md")):
@@ -260,7 +265,8 @@ def _spec(weights: Weights) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights.items()}
 
 
-def _check_structure(base: Weights, experts: Sequence[Weights], names: Sequence[str] | None) -> None:
+def check_structure(base: Weights, experts: Sequence[Weights], names: Sequence[str] | None) -> None:
+    """Refuse keys, shapes and dtypes that do not fit, as `check` does; values are not looked at."""
     if isinstance(experts, Mapping):
         raise TypeError("experts must be a sequence of state dicts, got one mapping; write [expert]")
     if len(experts) == 0:

@@ -317,3 +317,16 @@ def test_peak_memory_of_the_process(tmp_path):
         name, extra = line.split()
         assert 2 * 2 * size < int(extra) < 3 * (2 * size) * (experts + 1), name
     assert len(done.stdout.splitlines()) == 4
+
+
+def test_a_method_that_makes_no_single_model_is_refused(tmp_path):
+    from notebook_kit.merging import save, tall_masks
+
+    for name in ("base", "expert"):
+        save(
+            {"w": torch.randn(3, generator=torch.Generator().manual_seed(len(name)))}, tmp_path / f"{name}.safetensors"
+        )
+    paths = (tmp_path / "base.safetensors", [tmp_path / "expert.safetensors"], tmp_path / "out.safetensors")
+    with pytest.raises(TypeError, match="tall_masks makes MaskedExperts, not one model"):
+        merge_files(tall_masks, *paths, progress=False)
+    assert not paths[2].exists()

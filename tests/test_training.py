@@ -103,3 +103,56 @@ def test_nothing_to_train_is_an_error():
         run(net().requires_grad_(False))
     with pytest.raises(ValueError, match=r"steps must be at least 1"):
         run(net(), steps=0)
+
+
+# ---------------------------------------------------------------- second moments
+class Linear2(nn.Module):
+    """Loss = g · w: its gradient is the constant g, whatever w is."""
+
+    def __init__(self, g):
+        super().__init__()
+        self.w, self.unused = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(3))
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.g = torch.tensor(g)
+
+
+def test_moments_of_a_constant_gradient_approach_its_square():
+    model, moments = Linear2([2.0, -3.0]), {}
+    fit(model, lambda g: None, lambda m, _: m.g @ m.w, steps=300, progress=False, moments=moments)
+    assert list(moments) == ["w", "unused"]
+    torch.testing.assert_close(moments["w"], (1 - 0.999**300) * torch.tensor([4.0, 9.0]), rtol=1e-4, atol=0)
+    assert moments["unused"].tolist() == [0, 0, 0]
+
+
+def test_moments_are_torchs_own_and_change_nothing():
+    a, b, moments = net(0.5), net(0.5), {}
+    assert run(a, weight_decay=0.1).equals(run(b, weight_decay=0.1, moments=moments))
+    torch.manual_seed(0)  # fit seeds dropout; here there is none
+    plain, kept = net(), {}
+    run(plain, steps=3, moments=kept)
+    again, generator = net(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(again.parameters(), lr=0.01, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        squared_error(again, line(generator)).backward()
+        optimizer.step()
+    for name, p in again.named_parameters():
+        assert torch.equal(kept[name], optimizer.state[p]["exp_avg_sq"])
+        assert kept[name].data_ptr() != optimizer.state[p]["exp_avg_sq"].data_ptr()
+
+
+def test_tied_weights_have_one_moment():
+    model, moments = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), {}
+    model[1].weight = model[0].weight
+
+    def draw(generator):
+        x = torch.rand(8, 4, generator=generator)
+        return x, x.flip(1)
+
+    fit(model, draw, squared_error, steps=2, progress=False, moments=moments)
+    assert list(moments) == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_moments_must_start_empty():
+    with pytest.raises(ValueError, match=r"moments must be an empty dict to be filled, got one with 1 entries"):
+        run(net(), moments={"old": torch.ones(1)})

@@ -5,21 +5,28 @@ from notebook_kit.adapters._attach import attach, detach, fold
 from notebook_kit.adapters._peft import load_peft, save_peft
 from notebook_kit.adapters._state import adapter_weights, load_adapter_weights, trainable_parameters
 from notebook_kit.adapters.lora import LoRA
+from notebook_kit.adapters.merge import merge_adapters
+from notebook_kit.adapters.merged import MergedAdapter, adapter_on
 from notebook_kit.adapters.parallel_bottleneck import ParallelBottleneck
+from notebook_kit.adapters.read import read_adapter
 from notebook_kit.adapters.series_bottleneck import SeriesBottleneck
 
 __all__ = [
     "Adapter",
     "CannotFold",
     "LoRA",
+    "MergedAdapter",
     "ParallelBottleneck",
     "SeriesBottleneck",
+    "adapter_on",
     "adapter_weights",
     "attach",
     "detach",
     "fold",
     "load_adapter_weights",
     "load_peft",
+    "merge_adapters",
+    "read_adapter",
     "save_peft",
     "trainable_parameters",
 ]

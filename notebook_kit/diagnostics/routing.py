@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from notebook_kit.routers import cv_squared
 from notebook_kit.routing import Routing, RoutingTrace
 
 
@@ -26,6 +27,36 @@ def max_violation(load: Float[Tensor, " experts"]) -> float:
     """
     mean = float(load.mean())
     return float(load.max()) / mean - 1 if mean else 0.0
+
+
+def variation(load: Float[Tensor, " experts"]) -> float:
+    """CV = standard deviation / mean of the load (unbiased): 0 if even, sqrt(N) if one expert gets everything.
+
+    Args:
+        load: counts or shares.
+    """
+    return float(cv_squared(load)) ** 0.5
+
+
+def dead_experts(load: Float[Tensor, " experts"]) -> int:
+    """Number of experts that get nothing at all.
+
+    Args:
+        load: counts or shares.
+    """
+    return int((load == 0).sum())
+
+
+def changed(first: Routing, then: Routing) -> float:
+    """Share of tokens whose best expert is another one than before, of those that claimed one both times.
+
+    Args:
+        first: routing of some tokens.
+        then: later routing of the same tokens.
+    """
+    i, j = ((r.experts if r.claimed is None else r.claimed)[:, 0] for r in (first, then))
+    both = (i >= 0) & (j >= 0)
+    return float((i != j)[both].float().mean()) if both.any() else 0.0
 
 
 def entropy(probs: Float[Tensor, "tokens experts"]) -> Float[Tensor, " tokens"]:
@@ -59,8 +90,9 @@ def routing_summary(routings: Sequence[Routing], names: Sequence[str] = ()) -> p
         names: of the layers; default their numbers.
 
     Returns:
-        DataFrame: max_violation (of the demand, before capacity), dead_experts (no claim at all), entropy_bits (mean
-        over tokens), experts_per_token (served, mean), dropped (share of claims), unserved (share of tokens).
+        DataFrame: max_violation and variation (of the demand, before capacity), dead_experts (no claim at all),
+        entropy_bits (mean over tokens), experts_per_token (served, mean), dropped (share of claims), unserved (share of
+        tokens).
     """
     rows = []
     for routing in routings:
@@ -68,7 +100,8 @@ def routing_summary(routings: Sequence[Routing], names: Sequence[str] = ()) -> p
         rows.append(
             {
                 "max_violation": max_violation(routing.demand),
-                "dead_experts": int((routing.demand == 0).sum()),
+                "variation": variation(routing.demand),
+                "dead_experts": dead_experts(routing.demand),
                 "entropy_bits": float(entropy(routing.probs).mean()),
                 "experts_per_token": float(served.float().mean()),
                 "dropped": routing.dropped,

@@ -14,7 +14,7 @@ from torch import Tensor
 from notebook_kit.diagnostics import routing as numbers
 from notebook_kit.figures.style import NEUTRAL, PALETTE, figure, heatmap
 from notebook_kit.hyperparameters import Choice, Range
-from notebook_kit.routers import ExpertChoice, Router, TopK
+from notebook_kit.routers import BalancedAssignment, ExpertChoice, LossFreeBias, Router, TopK
 from notebook_kit.routing import Routing, RoutingTrace
 
 WINDOW = 64  # tokens that fit side by side and can still be read
@@ -34,7 +34,9 @@ ROUTERS = {
     "top-k, best first": lambda n, k, factor: _top_k(n, k, factor, priority="batch"),
     "switch": lambda n, k, factor: _top_k(n, 1, factor, convention="switch", normalize=False),
     "gshard": lambda n, k, factor: _top_k(n, k, factor, convention="gshard"),
+    "sigmoid": lambda n, k, factor: LossFreeBias(1, n, k=k, normalize=k > 1),
     "expert choice": lambda n, k, factor: ExpertChoice(1, n, k=k),
+    "balanced assignment": lambda n, k, factor: BalancedAssignment(1, n, evaluation="balanced"),
 }
 
 

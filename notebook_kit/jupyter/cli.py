@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from notebook_kit.claims import board
+from notebook_kit.jupyter.recipe_help import RECIPES
 
 START, END = "<!-- methods: written by `make readme` -->", "<!-- end of methods -->"
 
@@ -29,8 +30,24 @@ def main(arguments: list[str] | None = None) -> int:
     merge.add_argument("--out", type=Path, help="folder to write; default: beside the model")
     merge.add_argument("--similarity", default="router-logits", help="router-logits, router-weight or weight")
     merge.add_argument("--no-align", dest="align", action="store_false", help="average units as they lie")
+    merge.add_argument(
+        "--sketch", dest="align", action="store_const", const="sketch", help="align faster, on projected weights"
+    )
+    merge.add_argument(
+        "--adaptive", action="store_true", help="layers may keep different numbers, --n-experts on average"
+    )
     merge.add_argument("--tokens", type=int, default=16384, help="calibration tokens, at most")
     merge.add_argument("--length", type=int, default=512, help="tokens in a sequence")
+    recipe = commands.add_parser(
+        "merge",
+        help="merge checkpoints on disk by any method, from a recipe (TOML, or mergekit's YAML)",
+        description="Merge checkpoints on disk, one tensor in memory at a time.",
+        epilog=RECIPES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    recipe.add_argument("recipe", type=Path, help="a .toml file, or mergekit's .yml or .yaml")
+    recipe.add_argument("--out", type=Path, help="what to write; default: the recipe's `out`")
+    recipe.add_argument("--dry-run", action="store_true", help="print the plan and its price, and write nothing")
     options = parser.parse_args(arguments)
     try:
         return globals()[f"_{options.command.replace('-', '_')}"](options)
@@ -89,10 +106,18 @@ def _claims(options) -> int:
     return 0
 
 
+def _merge(options) -> int:
+    from notebook_kit.jupyter.merge import merge_recipe
+
+    done = merge_recipe(options.recipe, out=options.out, dry_run=options.dry_run)
+    print(done)
+    return 2 if getattr(done, "problems", ()) else 0
+
+
 def _merge_experts(options) -> int:
     from notebook_kit.jupyter.merge_experts import PAGE, merge_experts
 
-    names = ("out", "tokens", "length", "method", "n_experts", "align", "similarity")
+    names = ("out", "tokens", "length", "method", "n_experts", "align", "adaptive", "similarity")
     chosen = {name: getattr(options, name) for name in names}
     out = merge_experts(options.folder, options.calibration, **chosen)
     print(f"{out}\n{out / PAGE}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from notebook_kit.catalog import method
-from notebook_kit.merging.contract import tensor_by_tensor
+from notebook_kit.merging.combination import combine
 from notebook_kit.weights import Weights, expert_weights
 
 
@@ -44,10 +44,4 @@ def average(
             raise ValueError(f"weights sum to {total:g}, so they cannot be normalized (average)")
         factors = [factor / total for factor in factors]
 
-    def mean(name: str, theta_0: Tensor, thetas: list[Tensor]) -> Tensor:
-        result = factors[0] * thetas[0]
-        for factor, theta in zip(factors[1:], thetas[1:], strict=True):
-            result.add_(theta, alpha=factor)
-        return result
-
-    return tensor_by_tensor(base, experts, mean, elementwise=True)
+    return combine(base, experts, lambda name: (0.0, factors))

@@ -16,7 +16,7 @@ from torch import Tensor
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.merging.contract import tensor_by_tensor, tensor_generator
-from notebook_kit.merging.ties import disjoint_merge, elect_sign
+from notebook_kit.merging.election import disjoint_merge, elect_sign
 from notebook_kit.weights import Weights, expert_weights
 
 

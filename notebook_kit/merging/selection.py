@@ -4,7 +4,7 @@ A sample brackets the threshold; one pass counts what lies above the bracket and
 selected among those few. The task vector itself, as large as the model, never exists.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from notebook_kit.weights import Weights, at_least_float32, float_keys
 
 CHUNK = 1 << 17  # elements: a few such buffers stay in a core's cache
 SAMPLE = 1 << 16
+EVERYTHING = (-float("inf"), float("inf"))
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,14 @@ class Trim:
         return float(np.nextafter(kind(self.threshold), kind(-1)))
 
 
-def trims(base: Weights, experts: Sequence[Weights], *, density: float, scope: str) -> list[dict[str, Trim]]:
+def trims(
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    density: float,
+    scope: str,
+    count: Callable[[int], int] | None = None,
+) -> list[dict[str, Trim]]:
     """For each expert and tensor, what the ⌊density · d⌋ largest magnitudes are.
 
     Args:
@@ -42,14 +50,16 @@ def trims(base: Weights, experts: Sequence[Weights], *, density: float, scope: s
         experts: state dicts θ_i.
         density: share kept.
         scope: "model": d counts the whole model and layers compete; "tensor": each tensor keeps its share.
+        count: how many of d are kept, where that is not ⌊density · d⌋.
     """
-    names = _without_tied(base)
+    count = count or (lambda d: int(density * d))
+    names = without_tied(base)
     found = []
     for expert in experts:
         groups = [names] if scope == "model" else [[name] for name in names]
         trim_of = {}
         for group in groups:
-            trim = _select(base, expert, group, density)
+            trim = _select(base, expert, group, count)
             trim_of |= dict.fromkeys(group, trim)
         found.append({name: _of_copy(trim_of, _first_of(base, trim_of, name), name) for name in float_keys(base)})
     return found
@@ -69,24 +79,45 @@ def chunks(name: str, base: Weights, experts: Sequence[Weights]) -> Iterator[tup
         yield where, theta_0, tau
 
 
-def _select(base: Weights, expert: Weights, names: list[str], density: float) -> Trim:
+def kth_largest(pieces: Callable[[], Iterable[Tensor]], d: int, ks: Sequence[int]) -> list[float]:
+    """The k-th largest of d values that come in pieces, for each k: exact, in two walks, a few of them in memory.
+
+    Args:
+        pieces: starts a walk over the values; asked again for each walk, so each walk must give the same.
+        d: number of values, at least 1.
+        ks: ranks, 1 is the largest.
+    """
+    brackets = [EVERYTHING]
+    if d > 4 * SAMPLE:
+        generator = torch.Generator().manual_seed(0)
+        take = lambda m: m[torch.randint(len(m), (SAMPLE * len(m) // d + 1,), generator=generator)]  # noqa: E731
+        sample = torch.cat([take(m) for m in pieces() if len(m)])
+        brackets = [_around(sample, k / d) for k in ks]
+    counted = _count(pieces, brackets)
+    return [_kth(pieces, k, *counted[i if len(brackets) > 1 else 0])[0] for i, k in enumerate(ks)]
+
+
+def _select(base: Weights, expert: Weights, names: list[str], count: Callable[[int], int]) -> Trim:
     sizes = {name: base[name].numel() for name in names}
     d = sum(sizes.values())
-    k = int(density * d)
+    k = count(d)
     if k == 0:
         return Trim(float("inf"))
     if k == d:
         return Trim(0.0)
-    low, high = _bracket(base, expert, sizes, density) if d > 4 * SAMPLE else (0.0, float("inf"))
-    above, inside = _count(_magnitudes(base, expert, names), low, high)
-    if not above < k <= above + len(inside):  # the sample misled us: look at everything
-        low, high = 0.0, float("inf")
-        above, inside = _count(_magnitudes(base, expert, names), low, high)
-    threshold = float(inside.kthvalue(len(inside) - (k - above) + 1).values)
+    bracket = _bracket(base, expert, sizes, k / d) if d > 4 * SAMPLE else EVERYTHING
+    magnitudes = lambda: _magnitudes(base, expert, names)  # noqa: E731
+    threshold, above, inside = _kth(magnitudes, k, *_count(magnitudes, [bracket])[0])
     at_least = above + int((inside >= threshold).sum())
     if at_least == k or threshold == 0:
         return Trim(threshold)
     return Trim(threshold, _drop_first(base, expert, names, threshold, surplus=at_least - k))
+
+
+def _kth(pieces: Callable[[], Iterable[Tensor]], k: int, above: int, inside: Tensor) -> tuple[float, int, Tensor]:
+    if not above < k <= above + len(inside):  # the sample misled us: look at everything
+        above, inside = _count(pieces, [EVERYTHING])[0]
+    return float(inside.kthvalue(len(inside) - (k - above) + 1).values), above, inside
 
 
 def _bracket(base: Weights, expert: Weights, sizes: dict[str, int], density: float) -> tuple[float, float]:
@@ -99,13 +130,18 @@ def _bracket(base: Weights, expert: Weights, sizes: dict[str, int], density: flo
         take = torch.randint(size, (SAMPLE * size // total + 1,), generator=generator)
         theta_0, theta = (at_least_float32(weights[name]).reshape(-1)[take] for weights in (base, expert))
         parts.append((theta - theta_0).abs())
-    sample = torch.cat(parts).sort(descending=True).values
+    return _around(torch.cat(parts), density)
+
+
+def _around(sample: Tensor, share: float) -> tuple[float, float]:
+    sample = sample.sort(descending=True).values
     n = len(sample)
-    slack = 6 * (density * (1 - density) / n) ** 0.5
-    first, last = int((density - slack) * n), int((density + slack) * n) + 1
+    slack = 6 * (share * (1 - share) / n) ** 0.5
+    first, last = int((share - slack) * n), int((share + slack) * n) + 1
+    low, high = EVERYTHING
     return (
-        float(sample[last]) if last < n else 0.0,
-        float(sample[first]) if first >= 0 else float("inf"),
+        float(sample[last]) if last < n else low,
+        float(sample[min(first, n - 1)]) if first > 0 else high,
     )
 
 
@@ -115,15 +151,17 @@ def _magnitudes(base: Weights, expert: Weights, names: list[str]) -> Iterator[Te
             yield tau[0].abs_()
 
 
-def _count(magnitudes: Iterable[Tensor], low: float, high: float) -> tuple[int, Tensor]:
-    """How many exceed `high`, and those in [low, high]."""
-    if low == 0 and high == float("inf"):
-        return 0, torch.cat([m.clone() for m in magnitudes])
-    above, inside = 0, []
-    for m in magnitudes:
-        above += int(torch.count_nonzero(m > high))
-        inside.append(m[(m >= low).logical_and_(m <= high)])
-    return above, torch.cat(inside)
+def _count(pieces: Callable[[], Iterable[Tensor]], brackets: Sequence[tuple[float, float]]) -> list[tuple[int, Tensor]]:
+    """For each bracket: how many values exceed it, and those inside, both ends included."""
+    above, inside = [0] * len(brackets), [[] for _ in brackets]
+    for m in pieces():
+        for i, (low, high) in enumerate(brackets):
+            if (low, high) == EVERYTHING:
+                inside[i].append(m.clone())
+                continue
+            above[i] += int(torch.count_nonzero(m > high))
+            inside[i].append(m[(m >= low).logical_and_(m <= high)])
+    return [(count, torch.cat(parts)) for count, parts in zip(above, inside, strict=True)]
 
 
 def _drop_first(base: Weights, expert: Weights, names: list[str], threshold: float, surplus: int) -> dict[str, int]:
@@ -143,7 +181,7 @@ def _identity(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _without_tied(base: Weights) -> list[str]:
+def without_tied(base: Weights) -> list[str]:
     """Tied tensors (embedding and head) count once."""
     first: dict[tuple, str] = {}
     for name in float_keys(base):

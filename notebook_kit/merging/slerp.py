@@ -12,12 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
-from notebook_kit.merging.contract import PIECE, tensor_by_tensor
+from notebook_kit.merging.combination import combine
+from notebook_kit.merging.contract import PIECE
 from notebook_kit.weights import Weights, at_least_float32, check, float_keys
 
 PARALLEL = 0.9995
@@ -73,19 +73,14 @@ def slerp(
         check(base, experts)
         cos_omega = model_cosine(base, experts, scope=scope)["cos_omega"]
 
-    cosines: dict[str, float] = {}
-
-    def arc(name: str, theta_0: Tensor, thetas: list[Tensor]) -> Tensor:
-        a, b = thetas
-        if scope == "tensor" and name not in cosines:
-            cosines[name] = cosine(*(expert[name] for expert in experts))
-        cos = cosines[name] if scope == "tensor" else cos_omega
-        if abs(cos) > PARALLEL:
-            return torch.lerp(a, b, t)
+    def arc(name: str) -> tuple[float, list[float]]:
+        cos = cosine(*(expert[name] for expert in experts)) if scope == "tensor" else cos_omega
+        if not abs(cos) <= PARALLEL:
+            return 0.0, [1 - t, t]
         omega = math.acos(cos)
-        return (math.sin((1 - t) * omega) * a + math.sin(t * omega) * b) / math.sin(omega)
+        return 0.0, [math.sin((1 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)]
 
-    return tensor_by_tensor(base, experts, arc, elementwise=True)
+    return combine(base, experts, arc)
 
 
 def _two(experts: Sequence[Weights]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Range
-from notebook_kit.merging.contract import tensor_by_tensor
+from notebook_kit.merging.combination import combine
 from notebook_kit.weights import Weights, expert_weights
 
 
@@ -45,11 +45,6 @@ def task_arithmetic(
     """
     factors = expert_weights(weights, len(experts))
 
-    def add(name: str, theta_0: Tensor, thetas: list[Tensor]) -> Tensor:
-        # θ₀ + λ Σ w τ = (1 − λ Σ w) θ₀ + λ Σ w θ: one pass for each model, no task vector in memory.
-        result = (1 - scale * sum(factors)) * theta_0
-        for factor, theta in zip(factors, thetas, strict=True):
-            result.add_(theta, alpha=scale * factor)
-        return result
-
-    return tensor_by_tensor(base, experts, add, elementwise=True)
+    # θ₀ + λ Σ w τ = (1 − λ Σ w) θ₀ + λ Σ w θ: one pass for each model, no task vector in memory.
+    of_base, of_experts = 1 - scale * sum(factors), [scale * factor for factor in factors]
+    return combine(base, experts, lambda name: (of_base, of_experts))

@@ -11,6 +11,8 @@ _LAZY = {
     "WeightExplorer": "weight_explorer",
     "AlignmentExplorer": "alignment_explorer",
     "ExpertMergeExplorer": "expert_merge_explorer",
+    "MergeComparison": "merge_comparison",
+    "compare_merges": "merge_comparison",
 }
 __all__ = ["Explorer", "LiveFigure", "SweepResult", "explore", "sweep", *_LAZY]
 

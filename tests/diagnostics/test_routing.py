@@ -103,3 +103,18 @@ def test_without_labels():
     one = labelled_trace([0] * 4, [0], 4)
     with pytest.raises(ValueError, match="2 sequences"):
         numbers.mutual_information(one.layer(0), one)
+
+
+def test_variation_and_dead_experts():
+    assert numbers.variation(torch.tensor([4.0, 4, 4])) == 0
+    assert numbers.variation(torch.tensor([0.0, 0, 0, 8])) == pytest.approx(2.0)  # sqrt(N)
+    assert numbers.dead_experts(torch.tensor([0.5, 0, 0.5, 0])) == 2
+
+
+def test_how_many_tokens_changed_their_expert():
+    z = torch.tensor([[3.0, 0], [3, 0], [0, 3], [0, 3]])
+    first, then = (TopK(1, 2, k=1, convention="switch").eval().route(scores) for scores in (z, z[[2, 1, 2, 3]]))
+    assert numbers.changed(first, then) == 0.25
+    assert numbers.changed(first, first) == 0
+    nobody = TopK(1, 2).eval().route(z, mask=torch.zeros(4, dtype=torch.bool))
+    assert numbers.changed(first, nobody) == 0

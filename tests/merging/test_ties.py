@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from notebook_kit.merging import selection, ties
 from notebook_kit.merging.ties import statistics
+from notebook_kit.weights import IncompatibleWeights
 from tests.merging import plain
 
 T = torch.tensor([[3, -1, 0.2, -2], [1, 2, -0.1, -1], [-2, 1.5, 0.3, 0.5]])
@@ -75,6 +76,64 @@ def test_expert_weights_come_before_the_election():
     assert merged(*rows, density=1, weights=[2.0, 1.0], combine="sum") == [4, 5]
     assert merged(*rows, density=1, weights=[1.0, 0.0]) == [2, 2]
     assert merged(*rows, density=1, weights=[1.0, -1.0]) == pytest.approx([2.5, 2])
+
+
+def test_elections_by_share_of_the_squared_norm():
+    # ‖τ‖² = 1 + 4 + 9 = 14, 9 + 1 + 0 = 10, 1 + 36 + 1 = 38
+    rows = ([1.0, -2.0, 3.0], [3.0, -1.0, 0.0], [-1.0, 6.0, -1.0])
+    # first: 1/14 + 9/10 against 1/38; second: 4/14 + 1/10 against 36/38; third: 9/14 against 1/38
+    assert merged(*rows, density=1, elect="normmass") == [2, 6, 3]
+    assert merged(*rows, density=1, elect="normfrac") == [2, 6, 3]
+    # mass weighs raw sizes; a large task vector outvotes a small one, until norms are divided out
+    rows = ([-100.0, 100.0, 100.0], [1.0, 1.0, 0.1])
+    assert merged(*rows, density=1) == pytest.approx([-100, 50.5, 50.05])
+    assert merged(*rows, density=1, elect="normmass") == pytest.approx([1, 50.5, 50.05])
+    # four small shares outvote one large one only where they are summed
+    rows = ([3.0, 9.0], [3.0, 9.0], [3.0, 9.0], [-1.0, 1.0])
+    assert merged(*rows, density=1, elect="normmass")[0] == -1  # 3 · 9/90 < 1/2
+    rows = ([5.0, 9.0], [5.0, 9.0], [5.0, 9.0], [-1.0, 1.0])
+    assert merged(*rows, density=1, elect="normmass")[0] == 5  # 3 · 25/106 > 1/2
+    assert merged(*rows, density=1, elect="normfrac")[0] == -1  # 25/106 < 1/2
+
+
+def test_norms_follow_the_scope_and_an_expert_of_zeros_has_no_vote():
+    base = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    up, down = {"a": torch.tensor([1.0]), "b": torch.tensor([9.0])}, {"a": torch.tensor([-1.0]), "b": torch.zeros(1)}
+    assert ties(base, [up, down], density=1, elect="normmass")["a"].item() == -1  # 1/82 against 1
+    assert ties(base, [up, up, down], density=1, elect="normmass", scope="tensor")["a"].item() == 1  # 1 + 1 against 1
+    for elect in ("normmass", "normfrac"):
+        assert ties(base, [up, base], density=1, elect=elect)["a"].item() == 1
+    tied = {"head": base["a"], "a": base["a"]}
+    experts = [{"head": e["a"], "a": e["a"]} for e in (up, down)]
+    assert statistics(tied, experts, density=1.0, elect="normmass")["norms"]["head"] == [1.0, 1.0]
+
+
+def test_an_oracle_replaces_the_election():
+    signs = {"w": torch.tensor([-7.0, 1.0, 0.0, 0.1])}
+    assert ties(ZERO, ROWS, density=1, signs=signs)["w"].tolist() == [-2, 1.75, 0, 0.5]
+    assert ties(ZERO, ROWS, density=1, signs=signs, combine="sum")["w"].tolist() == [-2, 3.5, 0, 0.5]
+    own = {"w": ties(ZERO, ROWS, density=1)["w"]}
+    assert torch.equal(ties(ZERO, ROWS, density=1, signs=own, elect="count")["w"], own["w"])
+    with pytest.raises(IncompatibleWeights, match=r"signs has no tensor 'w'; give one for each"):
+        ties(ZERO, ROWS, signs={})
+    with pytest.raises(IncompatibleWeights, match=r"signs\['w'\] has shape \[2\], base has \[4\]"):
+        ties(ZERO, ROWS, signs={"w": torch.zeros(2)})
+
+
+def test_the_plain_average_is_the_ablation_of_the_disjoint_mean():
+    rows = ([3.0, -1.0], [1.0, 2.0], [-2.0, 2.0])
+    assert merged(*rows, density=1, elect="none", combine="average") == pytest.approx([2 / 3, 1])
+    assert merged(*rows, density=1, combine="average") == pytest.approx([2 / 3, 1])
+    assert merged(*rows, density=1, elect="count", combine="average") == pytest.approx([2 / 3, 1])
+    assert merged(*rows, density=0.5, elect="none", combine="average", weights=[1, 1, 2]) == pytest.approx(
+        [3 / 4, 6 / 4]
+    )
+    signs = {"w": torch.tensor([-1.0, 1.0])}
+    base, experts = {"w": torch.zeros(2)}, [{"w": torch.tensor(row)} for row in rows]
+    result = ties(base, experts, density=1, signs=signs, combine="average")["w"]
+    assert result.tolist() == pytest.approx(
+        [-2 / 3, 1]
+    )  # the size of the mean, the oracle's sign: as the official code
 
 
 # ---------------------------------------------------------------- even votes
@@ -209,7 +268,7 @@ def test_the_bracketed_threshold_is_the_exact_one(seed, density, integers):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "CHUNK", 64)
         patch.setattr(selection, "SAMPLE", 32)
-        trim = selection._select({"w": torch.zeros(500)}, {"w": tau}, ["w"], density)
+        trim = selection._select({"w": torch.zeros(500)}, {"w": tau}, ["w"], lambda d: int(density * d))
     k = int(density * 500)
     if k == 0:
         assert trim.threshold == float("inf")
@@ -226,9 +285,9 @@ def test_a_sample_that_misleads_costs_time_and_nothing_else(bracket, small_piece
     calls = []
     count = selection._count
     monkeypatch.setattr(selection, "_bracket", lambda *_: bracket)
-    monkeypatch.setattr(selection, "_count", lambda m, low, high: calls.append((low, high)) or count(m, low, high))
+    monkeypatch.setattr(selection, "_count", lambda m, brackets: calls.extend(brackets) or count(m, brackets))
     result = ties(base, experts, density=0.3)
-    assert calls == [bracket, (0.0, float("inf"))] * 2
+    assert calls == [bracket, selection.EVERYTHING] * 2
     torch.testing.assert_close(result["w"], plain.ties(base, experts, density=0.3)["w"])
 
 

@@ -1,0 +1,123 @@
+"""Routers beside a bare top-k, BASE beside scipy, DeepSeek's gate beside transformers, and a trace routed again.
+
+    python benchmarks/routers.py
+
+One thread, no gradients; CPU milliseconds, medians of alternating runs. `ratio` is to the baseline named in the line.
+"""
+
+import statistics
+import time
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+from notebook_kit.figures.routing import ROUTERS, routing_view
+from notebook_kit.routers import BalancedAssignment, ExpertChoice, HashRouter, LossFreeBias, NoisyTopK, StableMoE, TopK
+from notebook_kit.routers._assignment import balanced_assignment
+from notebook_kit.routing import RoutingTrace
+
+TOKENS, EXPERTS = 16384, 64
+
+
+def alternate(functions: dict, runs: int = 15) -> dict[str, float]:
+    """Median CPU time of each in milliseconds; they take turns, so that a busy machine harms all alike."""
+    times = {name: [] for name in functions}
+    for run in range(runs + 2):
+        for name, function in functions.items():
+            started = time.process_time()
+            function()
+            if run >= 2:
+                times[name].append(time.process_time() - started)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def report(ms: dict[str, float], baseline: str) -> None:
+    """One line each, with the ratio to the baseline."""
+    for name, value in ms.items():
+        print(f"  {name:28} {value:9.2f} ms   ratio {value / ms[baseline]:6.2f}")
+
+
+def overhead(k: int) -> None:
+    """Every router's decision on the same logits."""
+    z, ids = torch.randn(TOKENS, EXPERTS), torch.randint(0, 256, (TOKENS,))
+    routers = {
+        "top-k": TopK(1, EXPERTS, k=k, normalize=k > 1, balance_coef=0.0),
+        "top-k, balance and z-loss": TopK(1, EXPERTS, k=k, normalize=k > 1, z_coef=0.01),
+        "top-k, capacity": TopK(1, EXPERTS, k=k, normalize=k > 1, capacity_factor=1.25),
+        "top-k, capacity, best first": TopK(1, EXPERTS, k=k, normalize=k > 1, capacity_factor=1.25, priority="batch"),
+        "bias, sigmoid": LossFreeBias(1, EXPERTS, k=k, normalize=k > 1),
+        "bias, softmax": LossFreeBias(1, EXPERTS, k=k, normalize=k > 1, scores="softmax"),
+        "expert choice": ExpertChoice(1, EXPERTS, k=k),
+    }
+    routers |= {"noisy": NoisyTopK(1, EXPERTS, k=k)} if k > 1 else {}
+    functions = {"bare softmax and top-k": lambda: z.softmax(1).topk(k, dim=1)}
+    functions |= {name: lambda router=router: router.route(z) for name, router in routers.items()}
+    if k == 1:
+        known = {"hash": HashRouter(1, EXPERTS), "stable, stage 1": StableMoE(1, EXPERTS)}
+        known["stable, evaluation"] = StableMoE(1, EXPERTS).eval()
+        functions |= {name: lambda router=router: router.route(z, tokens=ids) for name, router in known.items()}
+        functions["BASE, evaluation"] = lambda router=BalancedAssignment(1, EXPERTS).eval(): router.route(z)
+    print(f"{TOKENS} tokens, {EXPERTS} experts, k={k}")
+    report(alternate(functions), "bare softmax and top-k")
+    if k > 1:
+        columns = {"bare softmax and column top-k": lambda: z.softmax(1).topk(k * TOKENS // EXPERTS, dim=0)}
+        columns["expert choice"] = lambda router=routers["expert choice"]: router.route(z)
+        report(alternate(columns), "bare softmax and column top-k")
+
+
+def assignment() -> None:
+    """Balanced assignment; scipy needs a square of 2 GB for 16k tokens, so the comparison ends at 2k."""
+    for tokens, experts in ((512, 8), (2048, 8), (2048, 64), (TOKENS, EXPERTS)):
+        z = torch.randn(tokens, experts) + torch.randn(experts)
+        slots = tokens // experts
+        functions = {"balanced_assignment": lambda z=z, slots=slots: balanced_assignment(z, slots)}
+        if tokens <= 2048:
+            square = np.repeat(z.double().numpy(), slots, axis=1)
+            functions = {"scipy": lambda square=square: linear_sum_assignment(square, maximize=True)} | functions
+        print(f"{tokens} tokens, {experts} experts")
+        report(alternate(functions, runs=3), next(iter(functions)))
+
+
+def deepseek() -> None:
+    """Eight of 256 experts, from 4 of 8 groups, logits included."""
+    config = DeepseekV3Config(
+        hidden_size=512, num_local_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4, norm_topk_prob=True
+    )
+    theirs, x = DeepseekV3TopkRouter(config), torch.randn(4096, 512)
+    torch.nn.init.normal_(theirs.weight)
+    ours = LossFreeBias(512, 256, k=8, n_group=8, topk_group=4).eval()
+    ours.weight.copy_(theirs.weight)
+    print("DeepSeek-V3 gate, 4096 tokens of width 512, 256 experts")
+    report(alternate({"transformers": lambda: theirs(x), "LossFreeBias": lambda: ours(x)}), "transformers")
+
+
+def rerouting() -> None:
+    """A trace of 20000 tokens and 8 experts, routed again and drawn."""
+    trace, z = RoutingTrace(["layer"], k=2), torch.randn(20_000, 8)
+    routing, places = TopK(1, 8).eval().route(z), torch.arange(20_000)
+    parts = [(routing.logits, routing.weights, routing.experts)]
+    trace.append(parts, tokens=places % 128, positions=places % 100, sequences=places // 100)
+    draw = {
+        name: lambda name=name: routing_view(trace, picture="load", router=name, capacity_factor=1.25)
+        for name in ROUTERS
+    }
+    print("20000 tokens routed again and drawn (target: below 100 ms)")
+    report(alternate(draw), "top-k")
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for k in (1, 2, 8):
+        overhead(k)
+    assignment()
+    deepseek()
+    rerouting()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Merges in subspaces against independent, plain implementations of the official code's formulas.
+
+fusion_bench, the peer, is not installed here: `benchmarks/subspace_merging.py` holds the same functions against it.
+What follows spells its steps out: whole SVDs with square factors, autograd and torch's Adam, one vector for the model.
+On random weights, on trained ones, and on real architectures.
+"""
+
+import pytest
+import torch
+
+from notebook_kit.merging import doge, isotropic, opcm, task_singular_vectors
+from notebook_kit.merging.matrices import matrix_names
+from notebook_kit.models import tiny
+from notebook_kit.zoo import digit_labels
+
+
+def nearest(a):
+    u, _, vh = torch.linalg.svd(a, full_matrices=False)
+    return u @ vh
+
+
+def tsv_of(taus):
+    k = min(taus[0].shape) // len(taus)
+    u, s, vh = zip(*(torch.linalg.svd(tau, full_matrices=False) for tau in taus), strict=True)
+    u = torch.cat([x[:, :k] for x in u], 1)
+    return nearest(u) @ torch.diag(torch.cat([x[:k] for x in s])) @ nearest(torch.cat([x[:k] for x in vh]))
+
+
+def iso_of(taus):
+    u, s, vh = torch.linalg.svd(sum(taus), full_matrices=False)
+    return u @ torch.diag(s.mean().expand_as(s)) @ vh
+
+
+def cts_of(taus, fraction=0.8):
+    r = min(taus[0].shape)
+    n_common = r - round((r - int(r * fraction)) / len(taus)) * len(taus)
+    d = (r - n_common) // len(taus)
+    u, s, vh = torch.linalg.svd(sum(taus), full_matrices=False)
+    u, s, vh = u[:, :n_common], s[:n_common], vh[:n_common]
+    parts = [torch.linalg.svd(tau - u @ u.T @ tau, full_matrices=False) for tau in taus]
+    u_all = torch.cat([*(p[0][:, :d] for p in parts), u], 1)
+    v_all = torch.cat([*(p[2][:d] for p in parts), vh])
+    return torch.cat([*(p[1][:d] for p in parts), s]).mean() * nearest(u_all) @ nearest(v_all)
+
+
+def by_tensor(base, experts, rule, treated):
+    """θ₀ + τ*, in float64: `rule` for matrices, the mean for everything else."""
+    merged = {}
+    for name, start in base.items():
+        taus = [expert[name].double() - start.double() for expert in experts]
+        if name not in treated:
+            star = sum(taus) / len(taus)
+        elif start.dim() == 2:
+            star = rule(taus)
+        else:
+            star = torch.stack([rule([tau[e] for tau in taus]) for e in range(len(start))])
+        merged[name] = start.double() + star
+    return merged
+
+
+def opcm_of(base, experts, alpha):
+    """The official loop: scale, unscale and scale again at every step, with λ kept beside."""
+    flat = lambda one: torch.cat([(one[k].double() - base[k].double()).reshape(-1) for k in base]).norm()  # noqa: E731
+    merged, lam, norms = {k: v.double() for k, v in experts[0].items()}, 1.0, [flat(experts[0])]
+    treated = matrix_names(base, "linear")
+    for expert in experts[1:]:
+        norms.append(flat(expert))
+        mean = sum(norms) / len(norms)
+        for name in base:
+            old, d = merged[name] - base[name].double(), expert[name].double() - base[name].double()
+            if name in treated:
+                u, s, vh = torch.linalg.svd(old, full_matrices=True)
+                split = int((s.cumsum(0) / s.sum() > alpha).float().argmax())
+                p = u.T @ d @ vh.T
+                p.diagonal().fill_(0)
+                p[:split, :split] = 0
+                d = u @ p @ vh
+            merged[name] = base[name].double() + lam * old + d
+        length = flat(merged)
+        lam = length / mean
+        merged = {k: base[k].double() + (merged[k] - base[k].double()) * mean / length for k in base}
+    return merged
+
+
+def doge_of(base, experts, *, eta, subspace, density, steps, lr, shared=True):
+    """Autograd, torch's Adam, and the mask over one long vector; matrices only."""
+    names = [name for name in base if name in matrix_names(base, "linear")]
+    taus = {name: torch.stack([expert[name] - base[name] for expert in experts]) for name in names}
+    n, deltas, lambdas = len(experts), {}, {}
+    for name, tau in taus.items():
+        lam = eta / torch.stack([t.norm() for t in tau])
+        rank = min(tau.shape[1:])
+        svds = [torch.linalg.svd(t.double(), full_matrices=False)[0].float() for t in tau]
+        u = torch.linalg.svd(torch.cat([x[:, : rank // n] for x in svds], 1).double(), full_matrices=False)[0].float()
+        projector = u[:, : rank // subspace] @ u[:, : rank // subspace].T
+        delta = [torch.zeros_like(tau[0]).requires_grad_() for _ in range(1 if shared else n)]
+        adam = torch.optim.Adam(delta, lr=lr)
+        for _ in range(steps):
+            adam.zero_grad()
+            moved = sum(lam[i] * delta[0 if shared else i] for i in range(n))
+            planned = (lam[:, None, None] * tau).sum(0)
+            loss = sum((-t * planned - t * moved + t * t).sum(1).pow(2).sum() for t in tau)
+            loss.backward()
+            for one in delta:
+                one.grad -= projector @ one.grad
+            adam.step()
+        deltas[name], lambdas[name] = torch.stack([one.detach() for one in delta]), lam
+    long = torch.stack([torch.cat([taus[name][i].reshape(-1) for name in names]) for i in range(n)])
+    keep = int(density * long.shape[1])
+    edge = long.abs().sort(dim=1, descending=True).values[:, keep - 1]
+    merged = {name: tensor.clone() for name, tensor in base.items()}
+    for name in names:
+        mask = taus[name].abs() >= edge[:, None, None]
+        merged[name] += (lambdas[name][:, None, None] * (taus[name] + deltas[name]) * mask).sum(0)
+    return merged
+
+
+def close(ours, reference, base, tolerance=1e-4):
+    """Equal relative to how far the merge moved."""
+    for name in base:
+        moved = (reference[name].double() - base[name].double()).norm()
+        assert (ours[name].double() - reference[name].double()).norm() <= tolerance * moved + 1e-6, name
+
+
+def random_models(count=3):
+    g = torch.Generator().manual_seed(0)
+    shapes = {"square.weight": (24, 24), "wide.weight": (16, 40), "tall.weight": (40, 16), "bias": (24,)}
+    build = lambda size: {k: size * torch.randn(s, generator=g) for k, s in shapes.items()}  # noqa: E731
+    base = build(1.0)
+    return base, [{k: base[k] + change for k, change in build(0.1).items()} for _ in range(count)]
+
+
+@pytest.fixture(params=["random", "trained"])
+def models(request):
+    bed = digit_labels()
+    return random_models() if request.param == "random" else (dict(bed.base), bed.experts)
+
+
+@pytest.mark.parametrize(("method", "rule"), [
+    (task_singular_vectors, tsv_of), (isotropic, iso_of), (lambda b, e: isotropic(b, e, common=0.8), cts_of),
+], ids=["tsv", "iso-c", "iso-cts"])  # fmt: skip
+def test_tsv_and_isotropic(models, method, rule):
+    base, experts = models
+    ours, reference = method(base, experts), by_tensor(base, experts, rule, matrix_names(base, "all"))
+    for name in base:
+        if base[name].dim() == 2:
+            # Some pixels are dark in every picture: no expert moved their weights. An SVD fills these directions with
+            # arbitrary ones, ours leaves them alone.
+            dark = ~(torch.stack([expert[name] - base[name] for expert in experts]) != 0).any(dim=(0, 1))
+            assert torch.equal(ours[name][:, dark], base[name][:, dark])
+            for merged in (ours, reference, base):
+                merged[name] = merged[name][:, ~dark]
+    close(ours, reference, base)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
+def test_opcm(models, alpha):
+    base, experts = models
+    close(opcm(base, experts[:4], alpha=alpha), opcm_of(base, experts[:4], alpha), base)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_doge(models, shared, density):
+    base, experts = models
+    settings = {"eta": 0.2, "subspace": 4, "density": density, "steps": 15, "lr": 1e-3}
+    ours = doge(base, experts[:3], **settings, shared_delta=shared)
+    # Adam's first steps go by the sign of the gradient alone, so that rounding is seen where a gradient is nearly 0.
+    close(ours, doge_of(base, experts[:3], **settings, shared=shared), base, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_llama, tiny.tiny_gpt2, tiny.tiny_vit, tiny.tiny_mixtral, tiny.tiny_t5])
+def test_real_architectures(build):
+    net = build()
+    base = net.state_dict()
+    experts = [build(seed).state_dict() for seed in (1, 2)]
+    for method, rule in ((task_singular_vectors, tsv_of), (isotropic, iso_of)):
+        merged = method(base, experts)
+        floats = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
+        reference = by_tensor(floats, experts, rule, matrix_names(base, "all"))
+        close(merged, reference, floats, tolerance=1e-3)
+        net.load_state_dict(merged)
+    for method in (opcm, lambda b, e: doge(b, e, steps=3)):
+        merged = method(base, experts)
+        assert list(merged) == list(base)
+        assert all(torch.isfinite(tensor.float()).all() for tensor in merged.values())
+        net.load_state_dict(merged)
