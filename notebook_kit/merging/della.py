@@ -53,12 +53,10 @@ def keep_probabilities(
 def drop_by_rank(
     tau: Float[Tensor, "*shape"], keep: Float[Tensor, "*shape"], rescale: str, generator: torch.Generator
 ) -> Float[Tensor, "*shape"]:
-    """Keep each entry with its own probability, and make up for the rest."""
+    """Keep each entry with its own probability, and divide it by that (only for rescale="inverse")."""
     kept = tau * (torch.rand(tau.shape, generator=generator) < keep)
     if rescale == "inverse":
-        return kept.div_(keep.masked_fill(keep == 0, 1))
-    if rescale == "norm" and (left := kept.abs().sum()) > 0:
-        kept *= tau.abs().sum() / left
+        kept.div_(keep.masked_fill(keep == 0, 1))
     return kept
 
 
@@ -111,24 +109,38 @@ def della(
         if not tensor.is_floating_point():
             result[name] = tensor.clone()
             continue
-        # Rows are ranked each for itself, so they need not all be there at once; a norm needs the whole tensor.
-        row = tensor.numel() if scope == "tensor" or rescale == "norm" or tensor.ndim < 2 else _row_length(tensor.shape)
-        step = max(1, PIECE // max(row, 1)) * row
-        generators = [tensor_generator(seed, name, i) for i in range(len(experts))]
-        theta_0, *thetas = (weights[name].reshape(-1) for weights in (base, *experts))
-        ranked = (-1, row) if scope == "row" and tensor.ndim >= 2 and rescale != "norm" else tensor.shape
+        kept = torch.stack(
+            [
+                _dropped(theta, tensor, tensor_generator(seed, name, i), density, epsilon, scope, rescale)
+                for i, theta in enumerate(expert[name] for expert in experts)
+            ]
+        )
         out = torch.empty(tensor.numel(), dtype=tensor.dtype)
-        for start in range(0, tensor.numel(), step):
-            where = slice(start, start + step)
-            begin = at_least_float32(theta_0[where])
-            rows = []
-            for factor, theta, generator in zip(factors, thetas, generators, strict=True):
-                tau = (at_least_float32(theta[where]) - begin).reshape(ranked)
-                keep = keep_probabilities(tau, density=density, epsilon=epsilon, scope=scope)
-                rows.append(drop_by_rank(tau, keep, rescale, generator).reshape(-1).mul_(factor))
-            out[where] = fuse(torch.stack(rows), elect, factors, normalize=normalize).mul_(scale).add_(begin)
+        for start in range(0, tensor.numel(), PIECE):
+            where = slice(start, start + PIECE)
+            weighted = kept[:, where] * torch.tensor(factors, dtype=kept.dtype)[:, None]
+            merged = fuse(weighted, elect, factors, normalize=normalize).mul_(scale)
+            out[where] = merged.add_(at_least_float32(tensor.reshape(-1)[where]))
         result[name] = out.reshape(tensor.shape)
     return result
+
+
+def _dropped(
+    theta: Tensor, theta_0: Tensor, generator: torch.Generator, density: float, epsilon: float, scope: str, rescale: str
+) -> Float[Tensor, " n"]:
+    """What is left of one task vector's tensor. Rows are ranked each for itself, so a few at a time are."""
+    n = theta.numel()
+    row = n if scope == "tensor" or theta.ndim < 2 else _row_length(theta.shape)
+    step = max(1, PIECE // max(row, 1)) * max(row, 1)
+    result, norms = torch.empty(n, dtype=at_least_float32(theta.reshape(-1)[:0]).dtype), [0.0, 0.0]
+    for start in range(0, n, step):
+        where = slice(start, start + step)
+        tau = (at_least_float32(theta.reshape(-1)[where]) - at_least_float32(theta_0.reshape(-1)[where])).view(-1, row)
+        keep = keep_probabilities(tau, density=density, epsilon=epsilon, scope=scope)
+        kept = drop_by_rank(tau, keep, rescale, generator)
+        norms = [norms[0] + float(tau.abs().sum()), norms[1] + float(kept.abs().sum())]
+        result[where] = kept.view(-1)
+    return result.mul_(norms[0] / norms[1]) if rescale == "norm" and norms[1] > 0 else result
 
 
 def _row_length(shape: Sequence[int]) -> int:
