@@ -16,7 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 from notebook_kit.figures.routing import ROUTERS, routing_view
 from notebook_kit.routers import BalancedAssignment, ExpertChoice, HashRouter, LossFreeBias, NoisyTopK, StableMoE, TopK
-from notebook_kit.routers._assignment import balanced_assignment
+from notebook_kit.routers.assignment import balanced_assignment
 from notebook_kit.routing import RoutingTrace
 
 TOKENS, EXPERTS = 16384, 64
@@ -59,7 +59,8 @@ def overhead(k: int) -> None:
         known = {"hash": HashRouter(1, EXPERTS), "stable, stage 1": StableMoE(1, EXPERTS)}
         known["stable, evaluation"] = StableMoE(1, EXPERTS).eval()
         functions |= {name: lambda router=router: router.route(z, tokens=ids) for name, router in known.items()}
-        functions["BASE, evaluation"] = lambda router=BalancedAssignment(1, EXPERTS).eval(): router.route(z)
+        greedy = BalancedAssignment(1, EXPERTS).eval()
+        functions["BASE, evaluation"] = lambda: greedy.route(z)
     print(f"{TOKENS} tokens, {EXPERTS} experts, k={k}")
     report(alternate(functions), "bare softmax and top-k")
     if k > 1:
@@ -87,7 +88,7 @@ def deepseek() -> None:
         hidden_size=512, num_local_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4, norm_topk_prob=True
     )
     theirs, x = DeepseekV3TopkRouter(config), torch.randn(4096, 512)
-    torch.nn.init.normal_(theirs.weight)
+    torch.nn.init.normal_(theirs.weight, std=0.05)
     ours = LossFreeBias(512, 256, k=8, n_group=8, topk_group=4).eval()
     ours.weight.copy_(theirs.weight)
     print("DeepSeek-V3 gate, 4096 tokens of width 512, 256 experts")

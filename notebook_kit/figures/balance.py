@@ -32,7 +32,7 @@ def bias_figure(stream: BiasStream) -> go.Figure:
     whole = max_violation(stream.routing.load)
     return figure(
         data,
-        title=f"bias rate {stream.bias_rate:.2g}: MaxVio {late:.2f} in the later half; all tokens, last bias: {whole:.2f}",
+        title=f"bias rate {stream.bias_rate:.2g}: MaxVio {late:.2f} in the later half, {whole:.2f} of the whole trace",
         x="batches seen",
         y="MaxVio of the batch",
         height=460,

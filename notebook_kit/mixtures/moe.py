@@ -2,6 +2,9 @@
 
     y_t = Σ_{i in S_t} w_ti E_i(x_t)          S_t, w_t from the router
 
+With residual=True what the weights leave over passes the layer by: y_t += (1 - Σ_i w_ti) x_t, so a token that no expert
+serves comes out as it went in. BASE layers and StableMoE are defined so, with one weight σ(a).
+
 Sparse dispatch: the claims (token, slot) are sorted by expert, so that each expert sees one contiguous slice of rows;
 then every token's rows are summed with their weights.
 
@@ -11,7 +14,7 @@ Source: Shazeer et al. 2017, equation 1.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,16 +30,19 @@ class MoE(nn.Module):
     Args:
         experts: a sequence of modules from [rows, d_model] to [rows, d_model], or `SwiGLUExperts`.
         router: of the kit, for the same number of experts.
+        residual: add (1 - Σ w) x to the output.
         causal: set True in a causal model: refuses a router that looks at later tokens.
 
     Raises:
         ValueError: the router is for another number of experts, or looks ahead in a causal model.
     """
 
-    def __init__(self, experts: Sequence[nn.Module] | nn.Module, router: Router, *, causal: bool = False):
+    def __init__(
+        self, experts: Sequence[nn.Module] | nn.Module, router: Router, *, residual: bool = False, causal: bool = False
+    ):
         super().__init__()
         self.experts = experts if isinstance(experts, nn.Module) else nn.ModuleList(experts)
-        self.router = router
+        self.router, self.residual = router, residual
         self.routing: Routing | None = None
         if len(self.experts) != router.n_experts:
             raise ValueError(f"the router is for n_experts={router.n_experts}, got {len(self.experts)} experts (MoE)")
@@ -47,20 +53,30 @@ class MoE(nn.Module):
             )
 
     def forward(
-        self, x: Float[Tensor, "*batch d_model"], *, mask: Bool[Tensor, "*batch"] | None = None
+        self,
+        x: Float[Tensor, "*batch d_model"],
+        *,
+        mask: Bool[Tensor, "*batch"] | None = None,
+        tokens: Int[Tensor, "*batch"] | None = None,
     ) -> Float[Tensor, "*batch d_model"]:
         """Send each token to its experts and sum what they answer.
 
         Args:
             x: tokens.
-            mask: True for real tokens; padding gets output 0.
+            mask: True for real tokens; padding is served by no expert.
+            tokens: ids, for routers that route by them (`HashRouter`, `StableMoE`); others do not look.
 
         Returns:
-            Outputs of the same shape; 0 for a token that no expert served.
+            Outputs of the same shape; for a token that no expert served 0, or x with residual=True.
         """
         rows = x.reshape(-1, x.shape[-1])
-        self.routing = self.router(rows, mask=None if mask is None else mask.reshape(-1))
-        return mix(rows, self.routing, self.experts).reshape(x.shape)
+        about = {"sequences": _sequences(x)} if self.router.by_sequence else {}
+        about |= {"tokens": tokens} if self.router.needs_tokens else {}
+        self.routing = self.router(rows, mask=None if mask is None else mask.reshape(-1), **about)
+        y = mix(rows, self.routing, self.experts)
+        if self.residual:
+            y = y + (1 - self.routing.weights.sum(1, keepdim=True)).to(y.dtype) * rows
+        return y.reshape(x.shape)
 
     @classmethod
     def from_transformers(cls, block: nn.Module) -> "MoE":
@@ -84,6 +100,12 @@ class MoE(nn.Module):
         router = TopK(d_model, n_experts, k=gate.top_k, normalize=getattr(gate, "norm_topk_prob", True))
         router.weight = gate.weight
         return cls(experts, router)
+
+
+def _sequences(x: Float[Tensor, "*batch d_model"]) -> Tensor:
+    """Number of each row's sequence in [..., length, d]; in [n, d] every row is one."""
+    length = x.shape[-2] if x.ndim > 2 else 1
+    return torch.arange(x[..., 0].numel(), device=x.device) // max(length, 1)
 
 
 def mix(rows: Float[Tensor, "tokens d_model"], routing: Routing, experts: nn.Module) -> Float[Tensor, "tokens d_out"]:

@@ -4,7 +4,7 @@ Deciding is a function of the logits alone, so a recorded trace can be routed ag
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +23,9 @@ class Router(nn.Module):
     """
 
     causal = True  # False where a token's experts depend on later tokens of its sequence
+    needs_tokens = False  # True where `forward` and `route` must be told the token ids, as `tokens=`
+    needs_previous = False  # True where `route` reads the id before each token too, as `previous=`
+    by_sequence = False  # True where `forward` takes sequences=, the number of each token's sequence
 
     def __init__(self, d_model: int, n_experts: int):
         super().__init__()
@@ -60,10 +63,41 @@ class Router(nn.Module):
         """
         return self.route(self.logits(x), mask=mask)
 
+    def adopt(self, weight: Float[Tensor, "experts d_model"]) -> None:
+        """Take over from a trained gate what `install` does not hand on by itself; most routers need nothing.
+
+        Args:
+            weight: of the gate.
+        """
+
     def check_k(self, k: int) -> None:
         """Raise ValueError if k is more than the number of experts."""
         if k > self.n_experts:
             raise ValueError(f"k must be at most n_experts={self.n_experts}, got {k} ({self._name})")
+
+    def check_tokens(
+        self,
+        tokens: Int[Tensor, "*batch"] | None,
+        n_tokens: int,
+        vocab_size: int,
+        mask: Bool[Tensor, " tokens"] | None = None,
+        low: int = 0,
+    ) -> Int[Tensor, " tokens"]:
+        """Flatten token ids, or raise ValueError: none given, another number, or an id out of range."""
+        if tokens is None:
+            raise ValueError(
+                f"{self._name} routes by token ids: call it with tokens=ids, one for each of {n_tokens} rows"
+            )
+        ids = tokens.reshape(-1).long()
+        if len(ids) != n_tokens:
+            raise ValueError(f"tokens must hold one id a row, {n_tokens}, got {len(ids)} ({self._name})")
+        ids = ids if mask is None else ids.where(mask, 0)  # padding may have any id
+        if n_tokens and not (low <= int(ids.min()) and int(ids.max()) < vocab_size):
+            bad = ids[(ids < low) | (ids >= vocab_size)][0]
+            raise ValueError(
+                f"token ids must be in [{low}, {vocab_size - 1}], got {int(bad)} ({self._name}, vocab_size)"
+            )
+        return ids
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, n_experts={self.n_experts}"

@@ -45,6 +45,7 @@ class TopK(Router):
         convention: whose rules for weights and loss: "mixtral", "switch" or "gshard".
         normalize: divide the picked probabilities by their sum; None is the convention's (all but Switch do).
         capacity_factor: an expert's slots relative to an even share; None is no limit.
+        eval_capacity_factor: the same in evaluation; None is as in training. Switch 1.25 and 2.
         priority: who queues first: "token" in token order, "batch" by falling probability of the first choice.
         second_policy: choices after the first, in training: "all" plain, "sampling" drawn by adding Gumbel noise,
             "random" kept with probability min(1, 2 w). Evaluation is always plain.
@@ -65,6 +66,7 @@ class TopK(Router):
         convention: Annotated[str, Choice("mixtral", "switch", "gshard")] = "mixtral",
         normalize: Annotated[bool | None, Choice(True, False)] = None,
         capacity_factor: Annotated[float | None, Range(0.05, 16, log=True)] = None,
+        eval_capacity_factor: Annotated[float | None, Range(0.05, 16, log=True)] = None,
         priority: Annotated[str, Choice("token", "batch")] = "token",
         second_policy: Annotated[str, Choice("all", "sampling", "random")] = "all",
         jitter: Annotated[float, Range(0, 0.5)] = 0.0,
@@ -83,7 +85,8 @@ class TopK(Router):
                 "normalize with k=1 makes every weight the constant 1, so the router gets no gradient from the task; "
                 "use normalize=False (or convention='switch'), or k of at least 2 (TopK)"
             )
-        self.k, self.convention, self.capacity_factor, self.priority = k, convention, capacity_factor, priority
+        self.k, self.convention, self.priority = k, convention, priority
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.second_policy, self.jitter, self.balance_coef, self.z_coef = second_policy, jitter, balance_coef, z_coef
 
     def logits(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens experts"]:
@@ -107,10 +110,13 @@ class TopK(Router):
             weights = weights / weights.sum(1, keepdim=True)
         claimed = self._claim(picks, weights, mask)
         experts = claimed
-        if self.capacity_factor is not None:
+        factor = self.capacity_factor
+        if not self.training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
+        if factor is not None:
             n_tokens = len(z) if mask is None else int(mask.sum())
-            slots = capacity(n_tokens, self.n_experts, self.k, self.capacity_factor)
-            first = p.amax(1) if self.priority == "batch" else None
+            slots = capacity(n_tokens, self.n_experts, self.k, factor)
+            first = p.gather(1, picks[:, :1])[:, 0] if self.priority == "batch" else None
             served = within_capacity(claimed, self.n_experts, slots, first)
             experts = claimed.where(served, -1)
         if experts is not picks:

@@ -109,6 +109,9 @@ class _Recorder:
                 output = (output.logits, output.weights, output.experts)
             if not isinstance(output, tuple) or len(output) != 3:
                 raise ValueError(f"{name}: {type(module).__name__} must give (logits, weights, experts)")
+            said = getattr(module, "routing", None)
+            if isinstance(said, Routing):  # of an installed router: it knows which slots are unused
+                output = (*output[:2], said.experts)
             self.calls[name].append(tuple(part.detach().cpu() for part in output))
 
         return hook

@@ -52,8 +52,8 @@ def test_ids_go_where_the_table_sends_them(skewed):
     assert table.shape == (3, 4)
     for text, row in table.iterrows():
         assert row[int(router.table[0, ord(text)])] == 1
-    often = torch.bincount(skewed.tokens).topk(3).indices.tolist()
-    assert {ord(text) for text in table.index} <= set(often) | {i for i in range(97, 103)}
+    counts = torch.bincount(skewed.tokens)
+    assert sorted(counts[[ord(text) for text in table.index]].tolist()) == sorted(counts.topk(3).values.tolist())
     assert constancy(routing, skewed) == 1
     assert 0.25 < constancy(skewed.layer(0), skewed) < 1
     recorded = id_table(skewed.layer(0), skewed)

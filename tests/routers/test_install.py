@@ -7,8 +7,12 @@ import torch
 
 from notebook_kit import models
 from notebook_kit.routers import (
+    BalancedAssignment,
     ExpertChoice,
+    HashRouter,
+    LossFreeBias,
     NoisyTopK,
+    StableMoE,
     TopK,
     aux_loss,
     install,
@@ -132,3 +136,62 @@ def test_reroute_is_what_the_model_did():
         reroute(trace, TopK, layer=5)
     with pytest.raises(ValueError, match="k must be in"):
         reroute(trace, TopK, k=0)
+
+
+@torch.no_grad()
+def test_the_bias_of_a_deepseek_gate_is_read_and_moved_in_place():
+    model = models.tiny_deepseek_v3()
+    gate = model.model.layers[1].mlp.gate
+    gate.e_score_correction_bias.copy_(torch.randn(gate.weight.shape[0]))
+    before, keys = model(IDS).logits, list(model.state_dict())
+    install(model, LossFreeBias, bias_rate=0.25)
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(IDS).logits, before, atol=1e-5, rtol=0)
+    bias = gate.e_score_correction_bias.clone()
+    model.train()(IDS)
+    moved = gate.e_score_correction_bias - bias
+    assert set(moved.abs().mul(4).round(decimals=3).tolist()) <= {0.0, 1.0}
+    assert moved.abs().sum() > 0
+    twin = copy.deepcopy(model)
+    twin(IDS)
+    assert not torch.equal(twin.model.layers[1].mlp.gate.e_score_correction_bias, gate.e_score_correction_bias)
+    torch.testing.assert_close(gate.e_score_correction_bias, bias + moved)
+    model.bfloat16().eval()(IDS)
+    uninstall(model)
+    assert list(model.state_dict()) == keys
+
+
+def test_elsewhere_the_bias_is_the_routers_own():
+    model = models.tiny_mixtral().train()
+    install(model, LossFreeBias, scores="softmax")
+    (model(IDS, labels=IDS).loss + aux_loss(model)).backward()
+    gate = model.model.layers[0].mlp.gate
+    assert gate.installed.bias.abs().sum() > 0
+    assert gate.weight.grad.abs().sum() > 0
+    assert "model.layers.0.mlp.gate.installed.bias" in model.state_dict()
+
+
+@torch.no_grad()
+def test_a_balanced_assignment_trains_in_a_causal_model_and_is_refused_in_evaluation():
+    model = models.tiny_mixtral()
+    install(model, BalancedAssignment)
+    with record_routing(model.train()) as trace:
+        model(IDS)
+    assert trace.layer(0).load.tolist() == [1 / 8] * 8
+    with pytest.raises(ValueError, match="allow_noncausal=True"):
+        install(model, BalancedAssignment, evaluation="balanced")
+
+
+@pytest.mark.parametrize("router", [HashRouter, StableMoE])
+def test_a_gate_knows_no_token_ids(router):
+    with pytest.raises(ValueError, match=f"{router.__name__} routes by token ids, and a gate inside Mixtral"):
+        install(models.tiny_mixtral(), router)
+
+
+def test_llama_4_is_refused_with_the_reason():
+    from transformers import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+    config = Llama4TextConfig(hidden_size=16, intermediate_size=16, num_local_experts=4, num_experts_per_tok=1)
+    with pytest.raises(ValueError, match="Llama 4 multiplies the experts' inputs"):
+        install(torch.nn.Sequential(Llama4TextMoe(config)), LossFreeBias, normalize=False)

@@ -228,3 +228,11 @@ def test_capacity_is_not_fooled_by_rounding():
     assert capacity(200, 10, 1, 1.1) == 22
     assert capacity(7, 4, 1, 1.0) == 2
     assert capacity(0, 4, 2, 1.0) == 0
+
+
+def test_evaluation_may_have_more_room():
+    router = TopK(1, 2, k=1, convention="switch", capacity_factor=0.5, eval_capacity_factor=2.0)
+    z = torch.tensor([[1.0, 0]]).repeat(8, 1)
+    assert router.train().route(z).load.tolist() == [1, 0]
+    assert router.route(z).dropped == 0.75  # 2 slots of 8 claims
+    assert router.eval().route(z).dropped == 0
