@@ -85,13 +85,13 @@ def slim_view(
         title=f"k = {k}: {y} {spread}",
         x="share of training done",
         y="experts a token in training",
-        height=400,
+        height=420,
         xaxis={"domain": [0, 0.38]},
         yaxis={"range": [0, top + 0.5]},
         xaxis2={"title": {"text": "experts a token at inference, k"}, "domain": [0.5, 1], "anchor": "y2"},
         yaxis2={"title": {"text": y}, "anchor": "x2"},
-        legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0, "xanchor": "left"},
-        margin={"l": 64, "r": 24, "t": 48, "b": 96},
+        legend={"orientation": "h", "y": -0.3, "yanchor": "top", "x": 0, "xanchor": "left"},
+        margin={"l": 64, "r": 24, "t": 48, "b": 112},
     )
 
 
@@ -116,35 +116,44 @@ def disagreement_view(
     names = ["-".join(map(str, path)) for path in run.paths]
     limit = max(float(other.disagreement.max()) for other in runs.values()) or 1.0
     square = heatmap(run.disagreement, x=names, y=names, limit=limit, label="symmetric KL (nats)")
-    square["colorbar"] = square["colorbar"] | {"x": 0.5}
-    data, low, high = [square], 1.0, 0.0
+    data, low, high = [square | {"xaxis": "x2", "yaxis": "y2"}], 1.0, 0.0
     for value, other in runs.items():
         scores = np.array(list(other.scores.values()))
         low, high = min(low, scores.min(), other.ensemble), max(high, scores.max(), other.ensemble)
         colour = PALETTE[0] if value == nearest else NEUTRAL
         # Spread sideways, the same way every time, so that equal scores can be told apart.
         x = list(runs).index(value) + np.linspace(-0.25, 0.25, len(scores))
-        dots = {"type": "scatter", "mode": "markers", "xaxis": "x2", "yaxis": "y2", "x": x, "y": scores}
+        dots = {"type": "scatter", "mode": "markers", "x": x, "y": scores}
         data.append(dots | {"marker": {"color": colour, "size": 7, "opacity": 0.8}, "showlegend": False})
         ends = list(runs).index(value) + np.array([-0.35, 0.35])
-        bar = {"type": "scatter", "mode": "lines", "xaxis": "x2", "yaxis": "y2", "showlegend": False}
+        bar = {"type": "scatter", "mode": "lines", "showlegend": False}
         data.append(bar | {"x": ends, "y": np.full(2, other.ensemble), "line": {"color": PALETTE[5], "width": 3}})
     pad = 0.1 * (high - low) or 0.01
     return figure(
         data,
         title=f"consistency_coef {nearest:g}: mean disagreement {run.mean_disagreement:.4f} nats, "
         f"same answer {run.mean_agreement:.1%}",
-        x="path (expert of each layer)",
-        y="path",
+        x="consistency_coef",
+        y=f"{y} (dot: a path, bar: all experts)",
         height=440,
-        xaxis={"domain": [0, 0.48], "type": "category", "showgrid": False},
-        yaxis={"autorange": "reversed", "type": "category", "showgrid": False},
-        xaxis2={
-            "title": {"text": "consistency_coef (dot: a path, bar: all experts)"},
-            "domain": [0.66, 1],
-            "anchor": "y2",
+        xaxis={
+            "domain": [0, 0.34],
             "tickvals": list(range(len(runs))),
             "ticktext": [f"{value:g}" for value in runs],
         },
-        yaxis2={"title": {"text": y}, "anchor": "x2", "range": [low - pad, high + pad]},
+        yaxis={"range": [low - pad, high + pad]},
+        xaxis2={
+            "title": {"text": "path (expert of each layer)"},
+            "domain": [0.5, 1],
+            "anchor": "y2",
+            "type": "category",
+            "showgrid": False,
+        },
+        yaxis2={
+            "title": {"text": "path"},
+            "anchor": "x2",
+            "autorange": "reversed",
+            "type": "category",
+            "showgrid": False,
+        },
     )

@@ -49,4 +49,4 @@ def test_disagreement_is_on_one_scale():
     assert last.layout.title.text == "consistency_coef 5: mean disagreement 0.0500 nats, same answer 100.0%"
     assert list(first.data[0].x) == ["0-0", "0-1"]
     np.testing.assert_allclose(first.data[1].y, [0.9, 0.8])
-    assert {"path (expert of each layer)", "path", "accuracy"} <= titles(first)
+    assert {"path (expert of each layer)", "path", "accuracy (dot: a path, bar: all experts)"} <= titles(first)
