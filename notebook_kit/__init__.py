@@ -10,10 +10,11 @@ from notebook_kit.catalog import catalog, cite
 from notebook_kit.claims import claim
 
 __version__ = "0.1.0"
-__all__ = ["catalog", "cite", "claim", "compare_merges", "doctor", "explore", "sweep"]
+__all__ = ["catalog", "cite", "claim", "compare_merges", "compare_routers", "doctor", "explore", "sweep"]
 
 _LAZY = {
     "compare_merges": "notebook_kit.widgets",
+    "compare_routers": "notebook_kit.widgets",
     "explore": "notebook_kit.widgets",
     "sweep": "notebook_kit.widgets",
     "doctor": "notebook_kit.jupyter.doctor",

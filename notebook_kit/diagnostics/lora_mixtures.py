@@ -1,4 +1,4 @@
-"""Numbers about mixtures of LoRA experts: how alike the experts of a layer are, who uses which, what each k is worth."""
+"""Numbers about mixtures of LoRA experts: how alike the experts are, who uses which, and what each k is worth."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

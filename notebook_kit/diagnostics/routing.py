@@ -1,11 +1,11 @@
 """Numbers about routing: how even the load is, how sure the router, who works together, who works for whom."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from notebook_kit.routers import cv_squared
@@ -113,17 +113,84 @@ def routing_summary(routings: Sequence[Routing], names: Sequence[str] = ()) -> p
 
 def co_activation(routing: Routing) -> Float[Tensor, "experts experts"]:
     """Share of tokens that use experts i and j together; the diagonal is the share that uses i."""
-    n_experts = routing.logits.shape[1]
-    used = torch.zeros(len(routing), n_experts + 1).scatter_(1, routing.experts + 1, 1.0)[:, 1:]
+    used = _used(routing, routing.logits.shape[1]).float()
     return used.T @ used / max(len(routing), 1)
 
 
-def transitions(first: Routing, then: Routing) -> Float[Tensor, "experts experts_after"]:
-    """From the best expert of one layer to that of the next: row i says where the tokens of expert i go, in shares."""
-    i, j = first.experts[:, 0], then.experts[:, 0]
+def leading(routing: Routing) -> Int[Tensor, " tokens"]:
+    """The expert that counts most for each token, of those that serve it; -1 where none does."""
+    slot = routing.weights.detach().where(routing.experts >= 0, -1.0).argmax(1, keepdim=True)
+    return routing.experts.gather(1, slot)[:, 0]
+
+
+def flows(first: Routing, then: Routing) -> Float[Tensor, "experts experts_after"]:
+    """Share of all tokens that one layer's leading expert i and the next one's j serve.
+
+    Args:
+        first: routing of some tokens.
+        then: of the same tokens, in another layer or by another model.
+    """
+    i, j = leading(first), leading(then)
     both = (i >= 0) & (j >= 0)
-    counts = _counts(i[both], j[both], first.logits.shape[1], then.logits.shape[1])
-    return counts / counts.sum(1, keepdim=True).clamp_min(1)
+    return _counts(i[both], j[both], first.logits.shape[1], then.logits.shape[1]) / max(len(first), 1)
+
+
+def transitions(first: Routing, then: Routing) -> Float[Tensor, "experts experts_after"]:
+    """Row i says where the tokens of expert i go, in shares: from one layer's leading expert to that of the next."""
+    counts = flows(first, then)
+    total = counts.sum(1, keepdim=True)
+    return counts / (total + (total == 0))
+
+
+def drift_table(first: Sequence[Routing], then: Sequence[Routing], names: Sequence[str] = ()) -> pd.DataFrame:
+    """Say how far two checkpoints route the same text differently, layer by layer.
+
+    Args:
+        first: one routing a layer.
+        then: of the same tokens, by the other checkpoint.
+        names: of the layers; default their numbers.
+
+    Returns:
+        DataFrame: best_changed (share of tokens whose leading expert is another one), set_changed (share with any other
+        set of experts), replaced (share of the first's claims that the other does not make); over all tokens.
+
+    Raises:
+        ValueError: another number of layers or tokens.
+    """
+    if len(first) != len(then) or any(len(a) != len(b) for a, b in zip(first, then, strict=False)):
+        sizes = [f"{len(side)} layers of {len(side[0]) if side else 0} tokens" for side in (first, then)]
+        raise ValueError(f"drift needs the same layers and tokens twice, got {sizes[0]} and {sizes[1]}")
+    rows = []
+    for one, other in zip(first, then, strict=True):
+        n = max(one.logits.shape[1], other.logits.shape[1])
+        a, b = (_used(routing, n) for routing in (one, other))
+        gone = float((a & ~b).sum()) / max(int(a.sum()), 1)
+        both = {"best_changed": leading(one) != leading(other), "set_changed": (a != b).any(1)}
+        rows.append({name: float(value.float().mean()) for name, value in both.items()} | {"replaced": gone})
+    return pd.DataFrame(rows, index=list(names) or None)
+
+
+def same_text(trace: RoutingTrace, other: RoutingTrace) -> None:
+    """Raise ValueError unless two traces are of the same tokens in the same order, and of equally many layers."""
+    if len(trace.layers) != len(other.layers):
+        raise ValueError(f"two checkpoints need equally many layers, got {len(trace.layers)} and {len(other.layers)}")
+    if not torch.equal(trace.tokens, other.tokens) or not torch.equal(trace.positions, other.positions):
+        raise ValueError(
+            f"both traces must record the same text in the same order; they have {len(trace)} and {len(other)} tokens, "
+            "and differ"
+        )
+
+
+def true_experts(routing: Routing, n_experts: int) -> Routing:
+    """Leave out the columns of null experts, which serve nobody and would look like dead ones.
+
+    Args:
+        routing: logits and probabilities of n_experts and more columns.
+        n_experts: how many compute.
+    """
+    if routing.logits.shape[1] <= n_experts:
+        return routing
+    return replace(routing, logits=routing.logits[:, :n_experts], probs=routing.probs[:, :n_experts])
 
 
 def specialisation(routing: Routing, trace: RoutingTrace) -> pd.DataFrame:
@@ -213,6 +280,12 @@ def _information(counts: Float[Tensor, "tables labels experts"]) -> Float[Tensor
     joint = counts.double() / counts.double().sum((1, 2), keepdim=True).clamp_min(1)
     apart = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
     return torch.where(joint > 0, joint * (joint / apart).log2(), 0.0).sum((1, 2)).float()
+
+
+def _used(routing: Routing, n_experts: int) -> Bool[Tensor, "tokens experts"]:
+    """Which experts serve each token."""
+    used = torch.zeros(len(routing), n_experts + 1, dtype=torch.bool)
+    return used.scatter_(1, routing.experts + 1, True)[:, 1:]
 
 
 def _counts(rows: Int[Tensor, " n"], columns: Int[Tensor, " n"], n_rows: int, n_columns: int) -> Tensor:

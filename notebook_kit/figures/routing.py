@@ -1,85 +1,167 @@
-"""Pictures of routing: tokens, layers, labels, load, entropy, co-activation; `routing_view` re-routes and draws."""
+"""`routing_view`: route a recorded trace again, live, and draw it; `ROUTERS` says by which rules."""
 
-import html
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from notebook_kit.diagnostics import routing as numbers
-from notebook_kit.figures.style import NEUTRAL, PALETTE, figure, heatmap
+from notebook_kit.figures.routing_flow import LETTERS, LINES, confusion_figure, drift_figure, flow_figure, text_figure
+from notebook_kit.figures.routing_pictures import (
+    co_activation_figure,
+    entropy_figure,
+    label_figure,
+    label_of_token,
+    layer_figure,
+    load_figure,
+    token_figure,
+)
 from notebook_kit.hyperparameters import Choice, Range
-from notebook_kit.routers import BalancedAssignment, ExpertChoice, LossFreeBias, Router, TopK
+from notebook_kit.routers import (
+    BalancedAssignment,
+    DenseToSparse,
+    ExpertChoice,
+    HashRouter,
+    LossFreeBias,
+    NullExperts,
+    Router,
+    StochasticExperts,
+    TopK,
+    TopP,
+)
+from notebook_kit.routers.reroute import route_trace
 from notebook_kit.routing import Routing, RoutingTrace
 
+__all__ = ["PICTURES", "ROUTERS", "WINDOW", "Rules", "label_of_token", "routing_view", "token_figure"]
+
 WINDOW = 64  # tokens that fit side by side and can still be read
+ASSIGNED = 8192  # tokens of a balanced assignment where a picture needs several
+PAIRS = ("drift", "confusion")  # pictures of two traces
+PICTURES = ("text", "tokens", "layers", "labels", "load", "entropy", "co-activation", "flow", *PAIRS)
 
-VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+
+@dataclass(frozen=True)
+class Rules:
+    """What the sliders say; each router uses what it knows."""
+
+    k: int = 2
+    capacity_factor: float | None = None
+    threshold: float = 0.5
+    bias: float = 1.0
 
 
-def _top_k(n_experts: int, k: int, capacity_factor: float | None, **rules) -> Router:
+def _top_k(n_experts: int, rules: Rules, **more) -> Router:
     # One expert with a weight divided by itself is a constant; offline there is no gradient to lose.
-    rules = {"normalize": k > 1} | rules
-    return TopK(1, n_experts, k=k, capacity_factor=capacity_factor, balance_coef=0.0, **rules)
+    more = {"k": rules.k, "normalize": more.get("k", rules.k) > 1} | more
+    return TopK(1, n_experts, capacity_factor=rules.capacity_factor, balance_coef=0.0, **more)
 
 
-# What `routing_view` can re-route by: (n_experts, k, capacity_factor) -> router.
-ROUTERS = {
+def _sigmoid(n_experts: int, rules: Rules) -> Router:
+    return LossFreeBias(1, n_experts, k=rules.k, normalize=rules.k > 1)
+
+
+# What `routing_view` can re-route by: (n_experts, rules) -> router.
+ROUTERS: dict[str, Callable[[int, Rules], Router]] = {
     "top-k": _top_k,
-    "top-k, best first": lambda n, k, factor: _top_k(n, k, factor, priority="batch"),
-    "switch": lambda n, k, factor: _top_k(n, 1, factor, convention="switch", normalize=False),
-    "gshard": lambda n, k, factor: _top_k(n, k, factor, convention="gshard"),
-    "sigmoid": lambda n, k, factor: LossFreeBias(1, n, k=k, normalize=k > 1),
-    "expert choice": lambda n, k, factor: ExpertChoice(1, n, k=k),
-    "balanced assignment": lambda n, k, factor: BalancedAssignment(1, n, evaluation="balanced"),
+    "top-k, best first": lambda n, rules: _top_k(n, rules, priority="batch"),
+    "switch": lambda n, rules: _top_k(n, rules, k=1, convention="switch", normalize=False),
+    "gshard": lambda n, rules: _top_k(n, rules, convention="gshard"),
+    "sigmoid": _sigmoid,
+    "loss-free bias": _sigmoid,
+    "expert choice": lambda n, rules: ExpertChoice(1, n, k=rules.k),
+    "balanced assignment": lambda n, rules: BalancedAssignment(1, n, evaluation="balanced"),
+    "top-p": lambda n, rules: TopP(1, n, threshold=rules.threshold, balance_coef=0.0, entropy_coef=0.0),
+    "null experts": lambda n, rules: NullExperts(1, n, k=rules.k, n_null=rules.k, balance_coef=0.0),
+    "dense to sparse": lambda n, rules: DenseToSparse(
+        1, n, threshold=rules.threshold, temperature=1.0, decay="constant", evaluation="dense"
+    ),
+    "hash": lambda n, rules: HashRouter(1, n),
+    "by lot": lambda n, rules: StochasticExperts(1, n),
 }
+# Those that do not use k; the titles leave it out.
+WITHOUT_K = ("as recorded", "switch", "balanced assignment", "top-p", "dense to sparse", "hash", "by lot")
 
 
 def routing_view(
     trace: RoutingTrace,
     *,
-    picture: Annotated[str, Choice("tokens", "layers", "labels", "load", "entropy", "co-activation")] = "tokens",
+    other: RoutingTrace | None = None,
+    picture: Annotated[str, Choice(*PICTURES)] = "tokens",
     layer: Annotated[int, Range(0, 255)] = 0,
     router: Annotated[str, Choice("as recorded", *ROUTERS)] = "as recorded",
     k: Annotated[int, Range(1, 512)] = 2,
     capacity_factor: Annotated[float | None, Range(0.25, 4, step=0.25)] = None,
     temperature: Annotated[float, Range(0.1, 10, log=True)] = 1.0,
+    threshold: Annotated[float, Range(0, 1)] = 0.5,
+    bias: Annotated[float, Range(0, 1)] = 1.0,
     start: Annotated[int, Range(0, 10_000_000)] = 0,
 ) -> go.Figure:
     """Route a trace again and draw it.
 
+    20 000 tokens take a few hundredths of a second; balanced assignment, which is solved exactly, about a tenth for
+    each layer that the picture shows; "flow", "drift" and "confusion" assign the first 8192 tokens only, and say so.
+
     Args:
         trace: from `record_routing`.
-        picture: what to draw.
-        layer: of the trace, from 0; not used by the picture "layers".
-        router: whose rules; "as recorded" is the model's own, and leaves k, capacity and temperature unused.
-        k: experts a token (expert choice: in the mean; switch: always 1).
-        capacity_factor: slots of an expert relative to an even share, over the whole trace; None is no limit.
+        other: the same text, recorded with another checkpoint; for the pictures "drift" and "confusion".
+        picture: what to draw: text coloured by expert; tokens, layers, labels or load against experts; entropy; experts
+            that work together; flow from layer to layer; and of two checkpoints how far tokens drifted, and from where
+            to where.
+        layer: of the trace, from 0; the first of the picture "flow"; not used by "layers" and "drift".
+        router: whose rules; "as recorded" is the model's own, and leaves everything but picture, layer, start unused.
+        k: experts a token (expert choice: in the mean; null experts: picks; switch: always 1).
+        capacity_factor: slots of an expert relative to an even share, over the whole trace; None is no limit. Of the
+            top-k family.
         temperature: the logits are divided by it first; low is sure, high is even.
-        start: first token of the picture "tokens", which shows 64.
+        threshold: top-p: share of probability to reach. dense to sparse: the least gate that counts. null experts: what
+            every null's probability is beside the true ones', so a pick of less computes nothing.
+        bias: loss-free bias: how much of the bias that evens this trace's load is added; 0 is none.
+        start: first token of the pictures "text" and "tokens".
 
     Returns:
         go.Figure
 
     Raises:
-        ValueError: no such layer, k above the number of experts, no labels to draw, or an empty trace.
+        ValueError: no such layer, k above the number of experts, no labels or token ids where they are needed, no
+            `other` of the same text, or an empty trace.
     """
-    layers = range(len(trace.layers)) if picture == "layers" else [layer]
-    settings = (router, k, capacity_factor, temperature)
-    routings = [_route(trace, index, *settings) for index in layers]
-    routing = routings[0]
-    rules = router if router in ("as recorded", "switch") else f"{router}, k={k}"
-    place = f"layer {layer}, {rules}"
-    if picture == "tokens":
-        begin = min(start, max(len(trace) - 1, 0))
-        return token_figure(routing, trace.text(begin, begin + WINDOW), start=begin, title=place)
+    rules = Rules(k, capacity_factor, threshold, bias)
+    told = router if router in WITHOUT_K else f"{router}, k={k}"
+
+    # Exact assignments of several layers would take too long to be live.
+    tokens = ASSIGNED if router == "balanced assignment" and picture in ("flow", *PAIRS) else None
+    if tokens is not None and len(trace) > tokens:
+        told += f", first {tokens} tokens"
+
+    def routed(layers, of=trace):
+        return [_route(of, index, router, rules, temperature, tokens) for index in layers]
+
+    every = range(len(trace.layers))
+    if picture in PAIRS:
+        if other is None:
+            raise ValueError(f"the picture {picture!r} needs other=, the same text recorded with another checkpoint")
+        numbers.same_text(trace, other)
+    if picture == "drift":
+        return drift_figure(numbers.drift_table(routed(every), routed(every, other)), title=f"all layers, {told}")
     if picture == "layers":
-        return layer_figure(numbers.load_table(routings), title=f"all layers, {rules}")
+        return layer_figure(numbers.load_table(routed(every)), title=f"all layers, {told}")
+    if picture == "flow":
+        trace.layer_logits(layer)  # raises if there is none
+        shown = every[min(layer, max(len(every) - 2, 0)) :][:6]
+        return flow_figure(routed(shown), first_layer=shown[0], title=told)
+    (routing,) = routed([layer])
+    place = f"layer {layer}, {told}"
+    begin = min(start, max(len(trace) - 1, 0))
+    if picture == "confusion":
+        return confusion_figure(routing, routed([layer], other)[0], title=place)
+    if picture == "text":
+        return text_figure(routing, trace.text(begin, begin + LINES * LETTERS), start=begin, title=place)
+    if picture == "tokens":
+        return token_figure(routing, trace.text(begin, begin + WINDOW), start=begin, title=place)
     if picture == "labels":
         information = numbers.mutual_information(routing, trace, n_shuffles=100)
         return label_figure(numbers.specialisation(routing, trace), information, title=place)
@@ -90,169 +172,39 @@ def routing_view(
     return co_activation_figure(numbers.co_activation(routing), title=place)
 
 
-def _route(trace: RoutingTrace, layer: int, router: str, k: int, factor: float | None, temperature: float) -> Routing:
+@torch.no_grad()
+def _route(
+    trace: RoutingTrace, layer: int, router: str, rules: Rules, temperature: float, tokens: int | None
+) -> Routing:
     if router == "as recorded":
         return trace.layer(layer)
-    logits = trace.layer_logits(layer)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        return ROUTERS[router](logits.shape[1], k, factor).eval().route(logits / temperature)
+    logits = trace.layer_logits(layer)[:tokens] / temperature
+    n_experts = logits.shape[1]
+    if router == "hash":
+        return route_trace(_hash(trace, n_experts, layer), trace, logits)
+    with torch.random.fork_rng(devices=[]):
+        made = ROUTERS[router](n_experts, rules).eval()
+    if router == "by lot":
+        made.generator.manual_seed(layer)  # or all layers would draw alike
+    if router == "loss-free bias" and rules.bias:
+        made.bias.copy_(rules.bias * _even_bias(logits, rules.k))
+    if router == "null experts":
+        null = logits.logsumexp(1, keepdim=True) + torch.tensor(max(rules.threshold, 1e-30)).log()
+        logits = torch.cat([logits, null.expand(-1, made.n_null)], 1)
+    return numbers.true_experts(route_trace(made, trace, logits), n_experts)
 
 
-def label_of_token(text: str, longest: int = 8) -> str:
-    """A token as a tick label: whitespace and control characters visible, short, and escaped for plotly."""
-    text = "".join(VISIBLE.get(letter, letter if letter.isprintable() else f"\\x{ord(letter):02x}") for letter in text)
-    return html.escape(text if len(text) <= longest else text[: longest - 1] + "…")
+def _hash(trace: RoutingTrace, n_experts: int, seed: int) -> Router:
+    if len(trace) and int(trace.tokens.min()) < 0:
+        raise ValueError("the router 'hash' needs token ids, and this trace has none: its model takes no ids")
+    return HashRouter(1, n_experts, vocab_size=max(256, int(trace.tokens.max()) + 1), seed=seed)
 
 
-def token_figure(routing: Routing, texts: Sequence[str], *, start: int = 0, title: str = "") -> go.Figure:
-    """Draw tokens x experts: colour is the probability, a circle a served claim, a cross a dropped one.
-
-    Args:
-        routing: of all tokens.
-        texts: of the tokens from `start` on; as many are drawn, at most 512.
-        start: the first token drawn.
-        title: beginning of the title.
-    """
-    stop = min(start + min(len(texts), 512), len(routing))
-    count, n_experts = stop - start, routing.logits.shape[1]
-    z = routing.probs[start:stop].detach().numpy()
-    labels = [label_of_token(text) for text in texts[:count]]
-    experts = routing.experts[start:stop].numpy()
-    claimed = experts if routing.claimed is None else routing.claimed[start:stop].numpy()
-    data = [heatmap(z.T, x=range(count), y=range(n_experts), label="probability", limit=1.0)]
-    marks = [("served", experts, "circle-open", 8), ("dropped", np.where(experts < 0, claimed, -1), "x", 7)]
-    for name, used, symbol, size in marks:
-        token, slot = np.nonzero(used >= 0)
-        style = {"symbol": symbol, "size": size, "color": "#FFFFFF" if name == "served" else PALETTE[5]}
-        points = {"type": "scatter", "mode": "markers", "x": token, "y": used[token, slot]}
-        data.append({**points, "name": name, "marker": style, "hoverinfo": "skip"})
-    dropped = f", {routing.dropped:.1%} of all claims dropped" if routing.claimed is not None else ""
-    ticks = {"tickvals": list(range(count)), "ticktext": labels}
-    ticks["tickangle"] = 0 if max(map(len, labels), default=0) <= 1 else -90
-    return figure(
-        data,
-        title=f"{title}: tokens {start} to {stop - 1} of {len(routing)}{dropped}",
-        x="token",
-        y="expert",
-        height=int(np.clip(180 + 22 * n_experts, 280, 760)),
-        xaxis={**ticks, "tickfont": {"size": 10}, "showgrid": False, "range": [-0.5, max(count, 1) - 0.5]},
-        yaxis={"range": [-0.5, n_experts - 0.5], **_every(n_experts)},
-        showlegend=False,
-    )
-
-
-def _every(n: int) -> dict:
-    """Ticks at whole numbers, at most about 16 of them."""
-    places = list(range(0, n, max(1, n // 16)))
-    return {"tickvals": places, "ticktext": [str(place) for place in places], "showgrid": False}
-
-
-def layer_figure(load: pd.DataFrame, *, title: str = "") -> go.Figure:
-    """Draw layers x experts: each expert's share of a layer's claims.
-
-    Args:
-        load: from `load_table`.
-        title: beginning of the title.
-    """
-    z = load.to_numpy()
-    worst = float(np.nanmax(z.max(1) / np.nanmean(z, 1) - 1)) if z.size and np.nanmax(z) > 0 else 0.0
-    return figure(
-        [heatmap(z, x=range(z.shape[1]), y=range(len(z)), label="share of claims")],
-        title=f"{title}: the busiest expert has {1 + worst:.2f} times its even share",
-        x="expert",
-        y="layer",
-        height=int(np.clip(180 + 26 * len(z), 260, 760)),
-        yaxis={"autorange": "reversed", **_every(len(z))},
-        xaxis=_every(z.shape[1]),
-    )
-
-
-def label_figure(table: pd.DataFrame, information: numbers.Information | None = None, *, title: str = "") -> go.Figure:
-    """Draw labels x experts: to which experts each label's tokens go.
-
-    Args:
-        table: from `specialisation`.
-        information: from `mutual_information`, told in the title.
-        title: beginning of the title.
-    """
-    names = [label_of_token(str(name), 16) for name in table.index]
-    told = ""
-    if information is not None:
-        told = f": expert tells {information.bits:.3f} bits of the label, chance {information.chance_mean:.3f}"
-    return figure(
-        [heatmap(table.to_numpy(), x=range(table.shape[1]), label="share of the label's claims")],
-        title=f"{title}{told}",
-        x="expert",
-        y="label",
-        height=int(np.clip(180 + 24 * len(names), 260, 760)),
-        xaxis=_every(table.shape[1]),
-        yaxis={"autorange": "reversed", "showgrid": False, "tickvals": list(range(len(names))), "ticktext": names},
-    )
-
-
-def load_figure(routing: Routing, *, title: str = "") -> go.Figure:
-    """Draw each expert's share of the claims, served and dropped, with the even share as a line.
-
-    Args:
-        routing: of one layer.
-        title: beginning of the title.
-    """
-    n_experts, dropped = routing.logits.shape[1], routing.dropped
-    served = routing.load.numpy() * (1 - dropped)
-    lost = np.clip(routing.demand.numpy() - served, 0, None)
-    x = np.arange(n_experts)
-    data = [{"type": "bar", "x": x, "y": served, "name": "served", "marker": {"color": PALETTE[0]}}]
-    if routing.claimed is not None:
-        data.append({"type": "bar", "x": x, "y": lost, "name": "dropped", "marker": {"color": PALETTE[5]}})
-    even = {"type": "scatter", "mode": "lines", "x": np.array([-0.5, n_experts - 0.5]), "name": "even share"}
-    data.append({**even, "y": np.full(2, 1 / n_experts), "line": {"color": NEUTRAL, "dash": "dash"}})
-    worst = numbers.max_violation(routing.demand)
-    return figure(
-        data,
-        title=f"{title}: MaxVio {worst:.2f}, {dropped:.1%} dropped",
-        x="expert",
-        y="share of claims",
-        barmode="stack",
-        xaxis=_every(n_experts),
-    )
-
-
-def entropy_figure(bits: Float[Tensor, " tokens"], n_experts: int, *, title: str = "") -> go.Figure:
-    """Draw how sure the router is: a histogram of each token's entropy.
-
-    Args:
-        bits: from `entropy`.
-        n_experts: sets the upper end, log2 N.
-        title: beginning of the title.
-    """
-    top = max(float(np.log2(n_experts)), 1e-6)
-    counts, edges = np.histogram(bits.numpy(), bins=40, range=(0, top * (1 + 1e-6)))
-    bars = {"type": "bar", "x": (edges[1:] + edges[:-1]) / 2, "y": counts / max(len(bits), 1)}
-    return figure(
-        [{**bars, "width": edges[1] - edges[0], "marker": {"color": PALETTE[0]}, "showlegend": False}],
-        title=f"{title}: mean {float(bits.mean()):.2f} of at most {top:.2f} bits",
-        x="entropy of a token's probabilities (bits)",
-        y="share of tokens",
-        bargap=0.05,
-        xaxis={"range": [0, top]},
-    )
-
-
-def co_activation_figure(matrix: Float[Tensor, "experts experts"], *, title: str = "") -> go.Figure:
-    """Draw which experts work on the same tokens; the diagonal, an expert with itself, is left out.
-
-    Args:
-        matrix: from `co_activation`.
-        title: beginning of the title.
-    """
-    z = matrix.numpy().copy()
-    np.fill_diagonal(z, np.nan)
-    return figure(
-        [heatmap(z, x=range(len(z)), y=range(len(z)), label="share of tokens")],
-        title=f"{title}: experts that share tokens",
-        x="expert",
-        y="expert",
-        height=460,
-        xaxis=_every(len(z)),
-        yaxis={"autorange": "reversed", **_every(len(z))},
-    )
+def _even_bias(logits: Float[Tensor, "tokens experts"], k: int) -> Float[Tensor, " experts"]:
+    """The bias that evens the load: steps of loss-free balancing that get smaller, on some 1000 of the tokens."""
+    some, router = logits[:: max(1, len(logits) // 1024)], _sigmoid(logits.shape[1], Rules(k))
+    for step in range(25):
+        router.bias_rate = 0.1 * 0.84**step
+        router.counts.copy_(router.route(some).load)
+        router.update_bias()
+    return router.bias

@@ -9,6 +9,8 @@ import re
 import numpy as np
 import plotly.graph_objects as go
 
+from notebook_kit.figures.static_sankey import paint_sankey
+
 DPI = 100
 WIDTH = 720
 _DASH = {"dash": "--", "dot": ":", "dashdot": "-.", "solid": "-"}
@@ -19,7 +21,8 @@ def to_png(figure: go.Figure, *, width: int = WIDTH, dpi: int = DPI) -> bytes:
     """Draw a figure as PNG.
 
     Args:
-        figure: heatmap, bar, scatter, histogram, box and contour traces are drawn; others are named in the picture.
+        figure: heatmap, bar, scatter, histogram, box, contour and Sankey traces are drawn; others are named in the
+            picture.
         width: pixels; the height is the figure's own.
         dpi: dots per inch of the file.
 
@@ -54,7 +57,7 @@ def to_png(figure: go.Figure, *, width: int = WIDTH, dpi: int = DPI) -> bytes:
         canvas.suptitle(_plain(layout.title.text), x=0.01, ha="left", fontsize=11)
     elif layout.title.text:
         canvas.text(0.01, 0.985, _plain(layout.title.text), ha="left", va="top", fontsize=11)
-    for note in layout.annotations or ():
+    for note in () if any(trace.type == "sankey" for trace in figure.data) else layout.annotations or ():
         if note.xref == "paper" and note.yref == "paper" and note.text:
             canvas.text(
                 note.x * 0.84 + 0.1, note.y * 0.74 + 0.14, _plain(note.text), fontsize=9, ha="center", va="bottom"
@@ -69,7 +72,7 @@ def _paint_trace(axis, trace, colour, canvas, layout) -> bool:
     painter = _PAINTERS.get(trace.type)
     if painter is None:
         return False
-    if not any(getattr(trace, key, None) is not None for key in "xyz"):
+    if trace.type != "sankey" and not any(getattr(trace, key, None) is not None for key in "xyz"):
         return True
     try:
         painter(axis, trace, colour, canvas, layout)
@@ -117,6 +120,8 @@ def _new_axis(canvas, figure: go.Figure, trace):
 
 
 def _finish(axis, figure: go.Figure, key: tuple[str, str]) -> None:
+    if not axis.axison:
+        return
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
     for name, set_label, set_scale, set_limits in (
@@ -141,7 +146,8 @@ def _finish(axis, figure: go.Figure, key: tuple[str, str]) -> None:
         axis.grid(alpha=0.25)
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > 1 and figure.layout.showlegend is not False:
-        axis.legend(handles, labels, fontsize=8, frameon=False)
+        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(labels), "columnspacing": 1}
+        axis.legend(handles, labels, fontsize=8, frameon=False, **(above if len(labels) > 6 else {}))
 
 
 def _scatter(axis, trace, colour, canvas, layout) -> None:
@@ -166,8 +172,13 @@ def _scatter(axis, trace, colour, canvas, layout) -> None:
         one = {"color": paint} if isinstance(paint, (str, tuple)) else {"c": paint}
         axis.scatter(x, y, **one, s=size**2 / 2, marker=marker, **style)
     if "text" in mode and trace.text is not None:
+        place = {"xytext": (3, 3), "textcoords": "offset points"}
+        if trace.textposition == "middle center":
+            place = {"ha": "center", "va": "center_baseline"}
+            family = "monospace" if "mono" in (trace.textfont.family or "").lower() else None
+            place |= {"family": family} if family else {}
         for px, py, text in zip(x, y, np.broadcast_to(np.asarray(trace.text), (len(x),)), strict=True):
-            axis.annotate(_plain(str(text)), (px, py), fontsize=8, xytext=(3, 3), textcoords="offset points")
+            axis.annotate(_plain(str(text)), (px, py), fontsize=8, **place)
 
 
 def _bar(axis, trace, colour, canvas, layout) -> None:
@@ -179,11 +190,11 @@ def _bar(axis, trace, colour, canvas, layout) -> None:
     numeric = all(not isinstance(name, str) for name in names)
     at = np.asarray(names, float) if numeric else np.arange(len(names), dtype=float)
     paint = _marker_paint(trace.marker.color, colour)
-    base = trace.base if isinstance(trace.base, (int, float)) else 0
+    base = 0 if trace.base is None else trace.base if isinstance(trace.base, (int, float)) else np.asarray(trace.base)
     stacked = layout.barmode == "stack"
     bottom = getattr(axis, "_nbk_stack", np.zeros(len(at))) if stacked and len(at) else base
     total = 1 if stacked or layout.barmode == "overlay" else axis._nbk_bars
-    width = 0.8 / total
+    width = trace.width if isinstance(trace.width, (int, float)) and total == 1 else 0.8 / total
     offset = 0.0 if total == 1 else (groups - (total - 1) / 2) * width
     label = _plain(trace.name) if trace.name else None
     numbers = np.asarray([np.nan if v is None else v for v in values], float)
@@ -269,6 +280,10 @@ def _contour(axis, trace, colour, canvas, layout) -> None:
         canvas.colorbar(filled, ax=axis, fraction=0.04, pad=0.02)
 
 
+def _sankey(axis, trace, colour, canvas, layout) -> None:
+    paint_sankey(axis, trace, layout, colour, paint=_mpl, plain=_plain)
+
+
 _PAINTERS = {
     "scatter": _scatter,
     "scattergl": _scatter,
@@ -277,6 +292,7 @@ _PAINTERS = {
     "histogram": _histogram,
     "box": _box,
     "contour": _contour,
+    "sankey": _sankey,
 }
 
 

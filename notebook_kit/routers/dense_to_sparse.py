@@ -124,7 +124,9 @@ class DenseToSparse(Router):
         if not self.training and self.evaluation == "top-1":
             gates, counts = p, None
         else:
-            gates = ((z if noise is None else z + noise) / self.temperature).softmax(1)
+            h = (z if noise is None else z + noise) / self.temperature
+            # No gate below e^-80 / N: threshold 0 stays dense, and subnormal numbers would make softmax much slower.
+            gates = (h - h.detach().amax(1, keepdim=True)).clamp_min(-80.0).softmax(1)
             counts = None if self.hard else (gates > self.threshold).sum(1).clamp_min(1)
         most = 1 if counts is None else max(int(counts.max()), 1) if len(z) else 1
         experts = top_k(gates.detach(), most)  # the active ones are the first of a falling order

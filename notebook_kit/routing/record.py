@@ -47,7 +47,8 @@ def record_routing(model: nn.Module, *, tokenizer: Any = None) -> Iterator[Routi
         RoutingTrace: empty at first; grows with each forward pass of `model`.
 
     Raises:
-        ValueError: the model has no routed layer; while running: NaN logits, or labels that are not one a sequence.
+        ValueError: the model has no routed layer; while running: NaN logits, labels that are not one a sequence,
+            or layers that make scores of their logits in different ways (softmax, sigmoid).
     """
     recorder = _Recorder(model, tokenizer)
     with ExitStack() as stack:
@@ -73,6 +74,15 @@ def _routers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def _scoring(routing: Routing) -> str | None:
+    """How the logits became scores; None if neither way, as with a hash table or noise."""
+    z, probs = routing.logits[:64].detach().float(), routing.probs[:64].detach().float()
+    for name, scores in (("softmax", z.softmax(1)), ("sigmoid", z.sigmoid())):
+        if torch.allclose(scores, probs, rtol=1e-3, atol=1e-5):
+            return name
+    return None
+
+
 class _Recorder:
     """One forward pass at a time: `begin` reads the arguments, the routers are heard, `finish` appends a batch."""
 
@@ -88,6 +98,7 @@ class _Recorder:
             scoring="sigmoid" if hasattr(first, "e_score_correction_bias") else "softmax",
             vocabulary=None if tokenizer is None else {},
         )
+        self.scorings: dict[str, str] = {}  # of the layers that have shown it
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls: dict[str, list] = {name: [] for name in self.routers}
@@ -106,20 +117,34 @@ class _Recorder:
     def listen(self, name: str):
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if isinstance(output, Routing):
+                self.see(name, output)
                 output = (output.logits, output.weights, output.experts)
             if not isinstance(output, tuple) or len(output) != 3:
                 raise ValueError(f"{name}: {type(module).__name__} must give (logits, weights, experts)")
             said = getattr(module, "routing", None)
             if isinstance(said, Routing):  # of an installed router: it knows which slots are unused
                 output = (*output[:2], said.experts)
+                self.see(name, said)
             self.calls[name].append(tuple(part.detach().cpu() for part in output))
 
         return hook
+
+    def see(self, name: str, routing: Routing) -> None:
+        """Learn from a router's first decision how it makes scores of logits."""
+        if name not in self.scorings and len(routing) and (found := _scoring(routing)):
+            self.scorings[name] = found
 
     def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
         silent = [name for name, calls in self.calls.items() if not calls]
         if silent:
             raise ValueError(f"{silent[0]} did not route in this forward pass, so its tokens cannot be recorded")
+        if len(known := set(self.scorings.values())) > 1:
+            told = ", ".join(f"{name} by {scoring}" for name, scoring in self.scorings.items())
+            raise ValueError(
+                f"a trace has one way of scoring, but the layers score {told}; record them apart, a submodule at a time"
+            )
+        if known:
+            self.trace.scoring = known.pop()
         routings = [tuple(map(torch.cat, zip(*calls, strict=True))) for calls in self.calls.values()]
         rows = len(routings[0][0])
         n, length = self._grid(rows)

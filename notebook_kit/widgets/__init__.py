@@ -13,6 +13,8 @@ _LAZY = {
     "ExpertMergeExplorer": "expert_merge_explorer",
     "MergeComparison": "merge_comparison",
     "compare_merges": "merge_comparison",
+    "RouterComparison": "router_comparison",
+    "compare_routers": "router_comparison",
 }
 __all__ = ["Explorer", "LiveFigure", "SweepResult", "explore", "sweep", *_LAZY]
 

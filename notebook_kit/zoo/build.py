@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from notebook_kit.zoo import digits, language, store, train_digits, train_language
+from notebook_kit.zoo import diffusion, digits, language, store, train_diffusion, train_digits, train_language
 from notebook_kit.zoo.bed import Bed
 
 SEED = 0
@@ -21,6 +21,9 @@ def _recipes() -> dict[str, tuple[Callable[..., None], Callable[[], Bed]]]:
     for width in digits.TWIN_WIDTHS:
         train = partial(train_digits.train_digit_twins, width)
         recipes[f"digit_twins_{width}"] = (train, partial(digits.digit_twins, width))
+    for kind in diffusion.KINDS:
+        train = partial(train_diffusion.train_digit_diffusion, kind)
+        recipes[f"digit_diffusion_{kind}"] = (train, partial(diffusion.digit_diffusion, kind))
     recipes["language_experts"] = (train_language.train_language_experts, language.language_experts)
     recipes["language_moe"] = (train_language.train_language_moe, language.language_moe)
     return recipes

@@ -5,6 +5,7 @@ import torch
 
 from notebook_kit.diagnostics.diffusion import record_denoising
 from notebook_kit.figures.diffusion import (
+    balance_view,
     dependence_figure,
     evenness_figure,
     expert_map_view,
@@ -53,7 +54,7 @@ def test_ticks_stand_in_the_middle_of_images():
 
 @pytest.mark.parametrize("picture", ["samples", "path"])
 @pytest.mark.parametrize("digit", ["all", "7"])
-@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("steps", [1, 2, 10])
 def test_samples_and_paths(model, picture, digit, steps):
     figure = sample_view(model, picture=picture, digit=digit, steps=steps, guidance=1.5)
     rows, columns = len(figure.layout.yaxis.ticktext), len(figure.layout.xaxis.ticktext)
@@ -66,6 +67,13 @@ def test_samples_and_paths(model, picture, digit, steps):
         assert set(figure.layout.xaxis.ticktext) == ({"7"} if digit == "7" else set("0123456789"))
     assert f"guidance 1.5, {steps} step" in figure.layout.title.text
     assert len(titles(figure)) == 2
+
+
+def test_a_part_may_be_silent(model):
+    whole, *others = (sample_view(model, steps=1, silence=part) for part in ("nothing", "shared", "routed"))
+    for figure, part in zip(others, ("shared", "routed"), strict=True):
+        assert not np.array_equal(figure.data[0].z, whole.data[0].z, equal_nan=True)
+        assert figure.layout.title.text.endswith(f"{part} part silenced")
 
 
 def test_the_same_seed_gives_the_same_picture(model):
@@ -110,3 +118,17 @@ def test_bars_and_lines():
     assert lines.layout.yaxis.range[0] == pytest.approx(0.25)
     assert "mutual information (bits)" in titles(bars)
     assert len(titles(lines)) == 2
+
+
+def test_balance_is_on_one_scale():
+    loads = {0.0: [torch.tensor([0.8, 0.2]), torch.tensor([0.6, 0.4])], 0.1: [torch.tensor([0.5, 0.5])] * 2}
+    first, last = balance_view(loads, balance_coef=0.0), balance_view(loads, balance_coef=0.1, layer=1)
+    assert first.data[0].y.tolist() == pytest.approx([0.8, 0.2])
+    assert first.layout.yaxis.range == last.layout.yaxis.range
+    assert first.layout.title.text.startswith("Balance loss times 0, layer 0: the busiest expert has 80%")
+    assert last.layout.shapes[0].y0 == 0.5
+    assert len(titles(first)) == 2
+    with pytest.raises(ValueError, match=r"balance_coef must be one of 0\.0, 0\.1, got 0\.01"):
+        balance_view(loads)
+    with pytest.raises(ValueError, match=r"layer must be in \[0, 1\], got 2"):
+        balance_view(loads, balance_coef=0.0, layer=2)

@@ -9,7 +9,7 @@ from torch import nn
 from notebook_kit import models
 from notebook_kit.mixtures import MoE, SwiGLUExperts, aux_loss
 from notebook_kit.models import MLP
-from notebook_kit.routers import ExpertChoice, NoisyTopK, TopK
+from notebook_kit.routers import ExpertChoice, HashRouter, NoisyTopK, StableMoE, TopK
 
 ROUTERS = [
     lambda: TopK(6, 5),
@@ -110,3 +110,30 @@ def test_bad_input():
         MoE([MLP([6, 6]) for _ in range(5)], ExpertChoice(6, 5), causal=True)
     with pytest.raises(ValueError, match="must consist of a `gate` and fused `experts`, it has"):
         MoE.from_transformers(models.tiny_deepseek_v3().model.layers[1].mlp)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_what_the_weights_leave_over_passes_by(router):
+    moe, x = MoE([MLP([6, 9, 6]) for _ in range(5)], router(), residual=True).eval(), torch.randn(2, 6, 6)
+    y = moe(x)
+    plain = by_loop(moe, x.reshape(12, 6)).reshape(x.shape)
+    left = 1 - moe.routing.weights.sum(1).reshape(2, 6, 1)
+    torch.testing.assert_close(y, plain + left * x)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]).bool()
+    assert torch.equal(moe(x, mask=mask)[~mask], x[~mask])
+
+
+def test_token_ids_reach_the_routers_that_read_them():
+    ids, x = torch.tensor([[1, 2, 3], [3, 1, 2]]), torch.randn(2, 3, 6)
+    experts = [MLP([6, 9, 6]) for _ in range(5)]
+    moe = MoE(experts, HashRouter(6, 5, vocab_size=4))
+    y = moe(x, tokens=ids)
+    expected = torch.stack(
+        [experts[int(moe.router.table[0, i])](row) for i, row in zip(ids.flatten(), x.flatten(0, 1), strict=True)]
+    )
+    torch.testing.assert_close(y, expected.reshape(x.shape))
+    assert MoE(experts, StableMoE(6, 5, vocab_size=4))(x, tokens=ids).shape == x.shape
+    plain = MoE(experts, TopK(6, 5))
+    assert torch.equal(plain(x, tokens=ids), plain(x))
+    with pytest.raises(ValueError, match="HashRouter routes by token ids"):
+        moe(x)
