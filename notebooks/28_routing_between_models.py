@@ -638,9 +638,8 @@ history = fit(mova, lesson, guided_loss, steps=120, lr=5e-3, schedule=cooling, p
 
 # %% [markdown]
 # Now the labels. On validation pictures we compare the loss of the answer without any expert and with each one. Who
-# lowers it by 0.1 nats or more is wanted. Nobody says which expert belongs to which
-# question. Look at the last row: the photo reader was taught no colours, but it looks at every corner in detail, and the
-# losses find out.
+# lowers it by 0.1 nats or more is wanted. Nobody says which expert belongs to which question. Look at the last row: the
+# photo reader was taught no colours, but it looks at every corner in detail, and the losses find out.
 
 # %%
 every = [(i, q) for q in range(4) for i in range(150)]

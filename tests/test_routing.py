@@ -9,9 +9,10 @@ from torch import nn
 
 from notebook_kit import models
 from notebook_kit.checkpoints import BadCheckpoint
+from notebook_kit.diagnostics.router_comparison import ByteMixture
 from notebook_kit.mixtures import MoE
 from notebook_kit.models import MLP
-from notebook_kit.routers import TopK, install
+from notebook_kit.routers import BalancedAssignment, ExpertChoice, LossFreeBias, StableMoE, TopK, install
 from notebook_kit.routing import Routing, RoutingTrace, aux_loss, record_routing
 
 BUILDERS = [models.tiny_mixtral, models.tiny_qwen3_moe, models.tiny_olmoe, models.tiny_deepseek_v3]
@@ -113,6 +114,48 @@ def test_installed_routers_and_our_own_layers():
     assert trace.sequences.tolist() == [0, 1, 2, 3, 4, *[5] * 4, *[6] * 4]
     assert (trace.tokens == -1).all()
     assert trace.text(0, 2) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("router", "scoring"),
+    [
+        (lambda: TopK(6, 3), "softmax"),
+        (lambda: LossFreeBias(6, 3), "sigmoid"),
+        (lambda: LossFreeBias(6, 3, scores="softmax"), "softmax"),
+        (lambda: BalancedAssignment(6, 3), "sigmoid"),
+        (lambda: ExpertChoice(6, 3), "softmax"),
+    ],
+)
+@torch.no_grad()
+def test_a_trace_knows_how_logits_become_scores(router, scoring):
+    layer = MoE([MLP([6, 6]) for _ in range(3)], router())
+    with record_routing(layer) as trace:
+        layer(torch.randn(9, 6))
+    assert trace.scoring == scoring
+    torch.testing.assert_close(trace.layer(0).probs, layer.routing.probs)
+
+
+@torch.no_grad()
+def test_scores_of_a_router_of_ids_and_of_an_installed_one():
+    layer = ByteMixture([StableMoE(32, 8)])
+    with record_routing(layer) as trace:
+        layer(IDS)
+    assert trace.scoring == "sigmoid"
+    model = models.tiny_mixtral()
+    install(model, LossFreeBias)
+    with record_routing(model) as trace:
+        model(IDS)
+    assert trace.scoring == "sigmoid"
+
+
+@torch.no_grad()
+def test_layers_that_score_differently_are_refused():
+    net = ByteMixture([TopK(32, 8), LossFreeBias(32, 8)])
+    with (
+        record_routing(net),
+        pytest.raises(ValueError, match="moes.0 by softmax, moes.1 by sigmoid; record them apart"),
+    ):
+        net(IDS)
 
 
 def test_hooks_are_taken_out_even_after_an_error():

@@ -21,7 +21,7 @@ LOG_TICKS = {"tickvals": [0.01, 1, 100, 10_000], "ticktext": ["0.01", "1", "100"
 
 def _bar(x: float, label: str) -> dict:
     """A colour bar between two pictures, its title on top where it meets nothing."""
-    return {"title": {"text": label, "side": "top"}, "thickness": 12, "outlinewidth": 0, "x": x}
+    return {"title": {"text": label, "side": "top"}, "thickness": 12, "outlinewidth": 0, "x": x, "nticks": 4}
 
 
 def skills_view(
@@ -140,13 +140,13 @@ def vote_view(
     data.append(at | mark | {"line": {"color": NEUTRAL, "dash": "dash"}})
     return figure(
         data,
-        title=f"layer {layer}: mean weight w of each expert; the vote counts {weight:.3g} times",
+        title=f"layer {layer}: mean weight w of each expert at a = {weight:.3g}",
         x="expert",
         y="domain",
         height=440,
         xaxis={"domain": [0, 0.39], "tickangle": -40, "showgrid": False},
         yaxis={"autorange": "reversed", "showgrid": False},
-        xaxis2={"title": {"text": "weight a (log)"}, "domain": [0.64, 1], "anchor": "y2", "type": "log"} | LOG_TICKS,
+        xaxis2={"title": {"text": "weight a (log)"}, "domain": [0.68, 1], "anchor": "y2", "type": "log"} | LOG_TICKS,
         yaxis2={"title": {"text": "accuracy"}, "anchor": "x2", "range": [0, 1]},
     )
 

@@ -20,7 +20,6 @@ from notebook_kit.mixtures.contrastive_moe import ContrastiveMoE
 from notebook_kit.mixtures.meta_dmoe import MetaDMoE
 from notebook_kit.mixtures.mova import MoVA
 
-
 BRIGHTNESS = [[0.0, "#000000"], [1.0, "#FFFFFF"]]
 
 

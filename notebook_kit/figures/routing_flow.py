@@ -76,7 +76,8 @@ def text_figure(routing: Routing, texts: Sequence[str], *, start: int = 0, title
         y="token",
         height=388,
         barmode="overlay",
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"}
+        | {"title": {"text": "expert", "side": "left"}},
         showlegend=n_experts <= 16,
         xaxis={"range": [0, LETTERS], "showgrid": False, "zeroline": False},
         yaxis={
@@ -195,7 +196,7 @@ def drift_figure(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     bars = [{"type": "bar", "x": x, "y": table[c].to_numpy(np.float32), "name": name} for c, name in shown.items()]
     return figure(
         bars,
-        title=f"{title}: {table['best_changed'].mean():.1%} of tokens have another best expert than before",
+        title=f"{title}: {table['best_changed'].mean():.1%} of tokens have another best expert in the other checkpoint",
         x="layer",
         y="share of tokens",
         xaxis=ticks_every(len(table)),

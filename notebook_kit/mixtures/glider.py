@@ -160,6 +160,7 @@ class Glider(nn.Module):
             self.similarity = vote = None
         else:
             vectors = self._vectors([query])[0] if isinstance(query, str) else self._vectors(query)
+            vectors = vectors.to(self.tasks)
             if vectors.shape[-1] != self.tasks.shape[1]:
                 raise ValueError(
                     f"a query must have the width of the tasks' embeddings, {self.tasks.shape[1]}, got "
@@ -174,7 +175,7 @@ class Glider(nn.Module):
     def scale(self, similarity: Float[Tensor, "*batch experts"]) -> Float[Tensor, "*batch"]:
         """Say how much the vote weighs: a."""
         if self.weight is not None:
-            return torch.full(similarity.shape[:-1], float(self.weight))
+            return similarity.new_full(similarity.shape[:-1], float(self.weight))
         return global_scale(similarity, gamma=self.gamma, beta=self.beta, threshold=self.threshold)
 
     def _vectors(self, texts: Texts | Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from notebook_kit.diagnostics import routing as numbers
-from notebook_kit.routers import TopK, reroute
+from notebook_kit.routers import NullExperts, TopK, reroute
 from notebook_kit.routing import RoutingTrace
 from notebook_kit.zoo.specialisation import window_information
 
@@ -118,3 +118,53 @@ def test_how_many_tokens_changed_their_expert():
     assert numbers.changed(first, first) == 0
     nobody = TopK(1, 2).eval().route(z, mask=torch.zeros(4, dtype=torch.bool))
     assert numbers.changed(first, nobody) == 0
+
+
+def test_the_leading_expert_is_the_heaviest_that_serves():
+    z = torch.tensor([[2.0, 1, 0], [2, 1, 0], [2, 1, 0]])
+    routing = TopK(1, 3, capacity_factor=0.5).eval().route(z)  # one slot an expert: the first token has both
+    assert numbers.leading(routing).tolist() == [0, -1, -1]
+    nulls = NullExperts(1, 2, n_null=1, k=2, balance_coef=0.0).eval().route(torch.tensor([[1.0, 0.0, 2.0]]))
+    assert nulls.experts.tolist() == [[-1, 0]]
+    assert numbers.leading(nulls).tolist() == [0]
+
+
+def test_flows_are_shares_of_all_tokens():
+    a, b = (
+        TopK(1, 2, k=1, convention="switch").eval().route(z)
+        for z in (torch.eye(2)[[0, 0, 1, 1]], torch.eye(2)[[0, 1, 1, 1]])
+    )
+    assert numbers.flows(a, b).tolist() == [[0.25, 0.25], [0, 0.5]]
+    assert numbers.transitions(a, b).tolist() == [[0.5, 0.5], [0, 1]]
+
+
+def test_drift_by_hand():
+    """Token 0 keeps both experts in another order, token 1 one of two, token 2 everything."""
+    z = torch.tensor([[3.0, 2, 0, 0], [3, 2, 0, 0], [0, 0, 3, 2]])
+    then = torch.tensor([[2.0, 3, 0, 0], [3, 0, 2, 0], [0, 0, 3, 2]])
+    first, other = (TopK(1, 4).eval().route(logits) for logits in (z, then))
+    row = numbers.drift_table([first], [other]).loc[0]
+    assert row["best_changed"] == pytest.approx(1 / 3)
+    assert row["set_changed"] == pytest.approx(1 / 3)
+    assert row["replaced"] == pytest.approx(1 / 6)
+    assert (numbers.drift_table([first, other], [first, other], ["a", "b"]) == 0).all(axis=None)
+    with pytest.raises(ValueError, match="1 layers of 3 tokens and 2 layers"):
+        numbers.drift_table([first], [first, first])
+
+
+def test_two_traces_must_be_of_the_same_text():
+    one, two = (labelled_trace([0] * 8, [0, 1], 4) for _ in range(2))
+    numbers.same_text(one, two)
+    with pytest.raises(ValueError, match="same text in the same order; they have 8 and 4 tokens"):
+        numbers.same_text(one, labelled_trace([0] * 4, [0], 4))
+    with pytest.raises(ValueError, match="equally many layers, got 1 and 2"):
+        numbers.same_text(one, RoutingTrace(["a", "b"], k=2))
+
+
+def test_null_columns_are_left_out():
+    routing = NullExperts(1, 3, n_null=6).eval().route(torch.randn(5, 9))
+    shown = numbers.true_experts(routing, 3)
+    assert shown.logits.shape == shown.probs.shape == (5, 3)
+    assert torch.equal(shown.experts, routing.experts)
+    assert len(shown.load) == 3
+    assert numbers.true_experts(shown, 3) is shown

@@ -37,7 +37,7 @@ def test_a_budget():
     assert ring.x.tolist() == [0, 1]
     assert ring.y.tolist() == [0, 1]
     assert "budget 9: hosted 9, active" in figure.layout.title.text
-    assert "accuracy 1.000" in figure.layout.title.text
+    assert "accuracy 0.500, 50% fell back" in figure.layout.title.text
     assert figure.layout.xaxis.ticktext[0] == "<b>&lt;b&gt; ●</b><br>4"
     assert figure.layout.xaxis.ticktext[2] == "c<br>3"
     assert figure.layout.yaxis.ticktext[1] == "y&lt;i&gt;"

@@ -137,3 +137,34 @@ def test_stacked_grouped_log_and_subplots():
     image = pixels(two)
     wanted = (np.abs(image - np.array([0x00, 0x72, 0xB2]) / 255) < 0.02).all(axis=-1).any(axis=0)
     assert wanted[:360].any()
+
+
+def sankey(**node):
+    link = {"source": [0, 0, 1], "target": [2, 3, 3], "value": [0.5, 0.25, 0.25], "color": "#56B4E9"}
+    node = {"label": ["a", "b", "c", "&lt;d&gt;"], "color": ["#D55E00"] * 4, "pad": 10} | node
+    return go.Figure(go.Sankey(node=node, link=link), layout={"height": 300})
+
+
+def test_a_sankey_has_nodes_as_high_as_their_flow():
+    image = pixels(sankey())
+    rows = (np.abs(image - np.array([0xD5, 0x5E, 0x00]) / 255) < 0.02).all(axis=-1)
+    columns = np.flatnonzero(rows.any(axis=0))
+    left = rows[:, columns[2]].sum()
+    right = rows[:, columns[-3]].sum()
+    assert left == pytest.approx(right, rel=0.05)  # both columns carry the whole flow
+    assert coloured(image, "#56b4e9") > 0.2
+    placed = pixels(sankey(x=[0.001, 0.001, 0.999, 0.999], y=[0.8, 0.2, 0.2, 0.8]))
+    assert np.abs(placed - image).max() > 0.5  # b stands above a now
+
+
+def test_an_empty_sankey_is_an_empty_picture():
+    assert (pixels(go.Figure(go.Sankey(link={"source": [], "target": [], "value": []}))) == 1).all()
+
+
+def test_bars_begin_at_their_base():
+    bar = {"type": "bar", "orientation": "h", "x": [1.0, 1.0], "base": [0.0, 3.0], "y": [0, 1], "width": 0.9}
+    image = pixels(figure([{**bar, "marker": {"color": PALETTE[0]}}], barmode="overlay", xaxis={"range": [0, 4]}))
+    blue = (np.abs(image - np.array([0x00, 0x72, 0xB2]) / 255) < 0.02).all(axis=-1)
+    half = np.flatnonzero(blue.any(axis=1)).mean()
+    low, high = blue[int(half) + 20 :].any(axis=0), blue[: int(half) - 20].any(axis=0)
+    assert np.flatnonzero(low).max() < np.flatnonzero(high).min()
