@@ -244,7 +244,8 @@ explore(skills_view, runs, overlap, names[:16], n_splits=16, limits=limits)
 # %% [markdown]
 # Do tasks pull the shared factors in the same direction? The cosine between the gradients of two tasks, mean over all
 # pairs, after training. The paper explains with it why heads help. Here both routers end the tug of war that a single
-# LoRA suffers from. Between the two, the difference changes with the seed (-0.03 to 0.07 over four).
+# LoRA suffers from. Between the two, the difference changes with the seed (-0.03 to 0.07 over four, after 200
+# steps).
 
 # %%
 from notebook_kit.diagnostics.adapter_routing import gradient_alignment
@@ -459,8 +460,10 @@ claim(
 )
 
 # %% [markdown]
-# Do the local routers beat the plain average, which needs no router? One does. Arrow's directions, unscaled, are no
-# help in a network whose inputs are all positive: u · v is large for experts that have nothing to do with the picture.
+# Do the local routers beat the plain average, which needs no router? One does. Under Arrow, one or two experts in each
+# layer score highest for nearly every kind of picture, whether they know it or not (`routing_matrix(arrow, ...)` from
+# `notebook_kit.diagnostics.adapter_routing` shows it). A direction that an expert stretches is not one that only its
+# own pictures have.
 
 # %%
 assert rule["held-in"] > table.loc["oracle", "held-in"] - 0.02
@@ -638,7 +641,8 @@ LiveFigure(shots_figure(by_shots.loc["turned, noise"], title="New task: turned, 
 
 # %% [markdown]
 # Who was chosen, with 15 shots? A group of the best three is full of copies. The diverse group drops them, and takes in
-# their place whatever else stood on the shortlist, good or bad. The guesser stands there by its perplexity.
+# their place whatever else stood on the shortlist, good or bad. The guesser stands there by its perplexity, and on the
+# first task by luck: 15 shots are few.
 
 # %%
 pd.DataFrame(chosen).T

@@ -153,7 +153,7 @@ def test_layers_that_score_differently_are_refused():
     net = ByteMixture([TopK(32, 8), LossFreeBias(32, 8)])
     with (
         record_routing(net),
-        pytest.raises(ValueError, match="moes.0 by softmax, moes.1 by sigmoid; record them apart"),
+        pytest.raises(ValueError, match=r"moes\.0 by softmax, moes\.1 by sigmoid; record them apart"),
     ):
         net(IDS)
 

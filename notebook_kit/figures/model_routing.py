@@ -1,5 +1,6 @@
 """Pictures of routing between whole models: a budget at work, adaptation by domain, embeddings, letters and gates."""
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from notebook_kit.diagnostics import model_routing as numbers
-from notebook_kit.figures.routing import label_of_token
 from notebook_kit.figures.style import NEUTRAL, PALETTE, figure, heatmap
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.mixtures.contrastive_moe import ContrastiveMoE
@@ -21,6 +21,11 @@ from notebook_kit.mixtures.meta_dmoe import MetaDMoE
 from notebook_kit.mixtures.mova import MoVA
 
 BRIGHTNESS = [[0.0, "#000000"], [1.0, "#FFFFFF"]]
+
+
+def _label(text: str, longest: int) -> str:
+    """A name as plotly may show it: short, and without HTML."""
+    return html.escape(text if len(text) <= longest else text[: longest - 1] + "…")
 
 
 def budget_view(
@@ -39,7 +44,7 @@ def budget_view(
         threshold: entropy in nats above which the best expert on average answers; None is without.
     """
     served = numbers.serve(roster, budget, threshold=threshold)
-    found, names = served.composition, [label_of_token(name, 14) for name in roster.experts]
+    found, names = served.composition, [_label(name, 14) for name in roster.experts]
     z = roster.scores.numpy()
     rows, places = list(range(len(z))), list(range(len(names)))
     data = [heatmap(z, x=places, y=rows, label="accuracy", limit=1.0, xgap=1, ygap=1)]
@@ -49,10 +54,10 @@ def budget_view(
     data.append({**mark, "x": found.mapping.numpy(), "y": np.array(rows), "marker": ring})
     if curve is not None:
         data += _curve(curve, budget, served.accuracy)
-    ticks = [
-        f"{'<b>' if k in found.hosted else ''}{name}{' ●</b>' if k in found.hosted else ''}<br>{size:,.0f}"
-        for k, (name, size) in enumerate(zip(names, roster.sizes, strict=True))
-    ]
+    ticks = []
+    for k, (name, size) in enumerate(zip(names, roster.sizes, strict=True)):
+        name = name.replace(", ", ",<br>")
+        ticks.append(f"<b>● {name}</b><br>{size:,.0f}" if k in found.hosted else f"{name}<br>{size:,.0f}")
     unsure = "" if threshold is None else f", {served.fallback:.0%} fell back"
     return figure(
         data,
@@ -60,13 +65,13 @@ def budget_view(
         f"{served.accuracy:.3f}{unsure}",
         x="expert (● hosted) and its parameters",
         height=380 if curve is None else 640,
-        xaxis={"tickvals": places, "ticktext": ticks, "showgrid": False, "tickfont": {"size": 11}},
+        xaxis={"tickvals": places, "ticktext": ticks, "showgrid": False, "tickangle": 0, "tickfont": {"size": 10}},
         yaxis={
-            "domain": [0, 1] if curve is None else [0.45, 1],
+            "domain": [0, 1] if curve is None else [0.5, 1],
             "title": {"text": "category", "standoff": 10},
             "autorange": "reversed",
             "tickvals": rows,
-            "ticktext": [label_of_token(name, 16) for name in roster.names],
+            "ticktext": [_label(name, 16) for name in roster.names],
             "showgrid": False,
         },
         **({} if curve is None else _CURVE_AXES),
@@ -75,8 +80,8 @@ def budget_view(
 
 _CURVE_AXES = {
     "xaxis2": {"anchor": "y2", "title": {"text": "budget: parameters that may be hosted"}},
-    "yaxis2": {"anchor": "x2", "domain": [0, 0.27], "title": {"text": "accuracy", "standoff": 10}},
-    "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.28, "yanchor": "bottom"},
+    "yaxis2": {"anchor": "x2", "domain": [0, 0.29], "title": {"text": "accuracy", "standoff": 10}},
+    "legend": {"x": 0.98, "xanchor": "right", "y": 0.02, "yanchor": "bottom"},
 }
 
 
@@ -145,19 +150,16 @@ def expert_share_figure(table: pd.DataFrame, *, title: str = "", x: str = "exper
         label: of the colours, with its unit.
     """
     z, rows = table.to_numpy(dtype=float), list(range(len(table)))
-    numbers_in = {"text": np.char.mod("%.2f", z), "texttemplate": "%{text}"}
-    names = [label_of_token(str(name), 24) for name in table.index]
+    names = [_label(str(name), 32) for name in table.index]
+    columns = [_label(str(column), 32) for column in table]
+    data = [heatmap(z, x=columns, y=rows, label=label, limit=float(z.max()))]
+    for shade, cells in (("#FFFFFF", z < 0.6 * z.max()), ("#000000", z >= 0.6 * z.max())):
+        row, column = np.nonzero(cells)
+        text = {"text": [f"{share:.2f}" for share in z[row, column]], "textfont": {"color": shade, "size": 12}}
+        places = {"x": [columns[c] for c in column], "y": row, "mode": "text", "hoverinfo": "skip"}
+        data.append({"type": "scatter", "showlegend": False, **places, **text})
     return figure(
-        [
-            heatmap(
-                z,
-                x=[label_of_token(str(c), 24) for c in table],
-                y=rows,
-                label=label,
-                limit=float(z.max()),
-                **numbers_in,
-            )
-        ],
+        data,
         title=title,
         x=x,
         y=y,
@@ -212,14 +214,15 @@ def embedding_view(
     return figure(
         data,
         title=f"{told}: the partner comes first for {recall:.0%}, mean over domains",
-        x="first direction (unit vectors)",
+        x="first direction",
         y="second direction",
         height=460,
-        xaxis={"domain": [0, 0.45]},
+        margin={"l": 64, "r": 24, "t": 76, "b": 52},
+        xaxis={"domain": [0, 0.44]},
         xaxis2={
             "domain": [0.56, 1],
             "anchor": "y2",
-            "title": {"text": "candidate (sorted by domain)"},
+            "title": {"text": "candidate, by domain"},
             "showgrid": False,
         },
         yaxis2={
@@ -267,7 +270,7 @@ def question_view(
     side = range(len(bright))
     data = [heatmap(bright, x=side, y=side, limit=1.0, showscale=False, colorscale=BRIGHTNESS)]
     chosen = said.mask[0]
-    names = [f"{letter} {label_of_token(n, 12)}" for letter, n in zip("ABCDEFGHIJ", bed.experts, strict=False)]
+    names = [f"{letter} {_label(n, 12)}" for letter, n in zip("ABCDEFGHIJ", bed.experts, strict=False)]
     axes = {"type": "bar", "x": names, "xaxis": "x2", "yaxis": "y2"}
     data.append(
         {**axes, "name": "coarse: chosen", "y": chosen.float().numpy(), "marker": {"color": "rgba(128,128,128,0.35)"}}
@@ -275,11 +278,11 @@ def question_view(
     for block, gates in enumerate(said.gates[:, 0].float().numpy()):
         colour = PALETTE[block % len(PALETTE)]
         data.append({**axes, "name": f"fine: gate of block {block}", "y": gates, "marker": {"color": colour}})
-    wrote = f"wrote “{label_of_token(said.letters[0], 16)}”, " if mask is None else ""
+    wrote = f"wrote “{_label(said.letters[0], 16)}”, " if mask is None else ""
     truth = bed.answers[question][picture]
     return figure(
         data,
-        title=f"{label_of_token(asked, 30)}? {wrote}answered “{label_of_token(said.texts[0], 12)}” (right: {truth})",
+        title=f"{_label(asked, 30)}? {wrote}answered “{_label(said.texts[0], 12)}” (right: {truth})",
         x="pixel",
         y="pixel",
         height=380,

@@ -5,6 +5,7 @@ import torch
 
 from notebook_kit.diagnostics.router_comparison import CONTEXT, ByteMixture, Size, _curve, make_router, train_router
 from notebook_kit.routers import DenseToSparse, HashRouter, RandomRouter, StableMoE, StochasticExperts, TopK
+from tests.untyped import untyped
 
 IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
 SMALL = Size(n_experts=4, d_model=16, d_ff=8, batch_size=2, length=8)
@@ -44,6 +45,11 @@ def test_routers_with_ways_of_their_own_are_trained(router):
     run = train_router(router, size=SMALL, steps=4)
     assert 0 < run.figures["loss"] < 8
     assert run.curve[-1][0] == pytest.approx(1.0)
+
+
+def test_what_is_no_router():
+    with untyped(), pytest.raises(ValueError, match=r"a class, \(class, settings\), a Router or a function, got 'TopK'"):
+        make_router("TopK", SMALL, 9, 0)
 
 
 def test_shares_of_the_budget_add_up():

@@ -57,7 +57,8 @@ def test_one_budget():
     sizes = {"steps": 12, "d_ff": 256}
     steps = compare(chosen, **sizes).table["steps"]
     assert steps["one"] > steps["two"] == 12 > steps["four"]
-    assert set(compare(chosen, budget="text", **sizes).table["steps"]) == {12}
+    del chosen["two"]
+    assert set(compare(chosen, budget="text", steps=5, d_ff=256).table["steps"]) == {5}
 
 
 def test_the_same_seed_gives_the_same_figures():
@@ -103,13 +104,12 @@ def test_what_a_result_offers(result, tmp_path):
 
 
 def test_when_all_fail():
-    result = compare({"a": (TopK, {"k": 99}), "b": BalancedAssignment(3, 2), "c": (TopK, {"kk": 2}), "d": "TopK"})
+    result = compare({"a": (TopK, {"k": 99}), "b": BalancedAssignment(3, 2), "c": (TopK, {"kk": 2})})
     problems = result.table["problem"]
     assert "got 99" in problems["a"]
     assert "d_model=16 and n_experts=4, got 3 and 2" in problems["b"]
     assert "no hyperparameter 'kk'" in problems["c"]
-    assert "must be a class, (class, settings), a Router or a function, got 'TopK'" in problems["d"]
-    assert repr(result) == "RouterComparison(4 routers, 4 failed)"
+    assert repr(result) == "RouterComparison(3 routers, 3 failed)"
     assert "got 99" in result._repr_mimebundle_()["text/html"]
     with pytest.raises(ValueError, match="no router has a loss"):
         router_comparison_view(result.frame, result.curves)
