@@ -14,10 +14,11 @@ from scipy.optimize import linear_sum_assignment
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from notebook_kit.figures.routing import ROUTERS, routing_view
+from notebook_kit.figures.routing import PICTURES, ROUTERS, routing_view
 from notebook_kit.routers import BalancedAssignment, ExpertChoice, HashRouter, LossFreeBias, NoisyTopK, StableMoE, TopK
 from notebook_kit.routers.assignment import balanced_assignment
 from notebook_kit.routing import RoutingTrace
+from notebook_kit.widgets.wire import encode
 
 TOKENS, EXPERTS = 16384, 64
 
@@ -96,17 +97,24 @@ def deepseek() -> None:
 
 
 def rerouting() -> None:
-    """A trace of 20000 tokens and 8 experts, routed again and drawn."""
-    trace, z = RoutingTrace(["layer"], k=2), torch.randn(20_000, 8)
-    routing, places = TopK(1, 8).eval().route(z), torch.arange(20_000)
-    parts = [(routing.logits, routing.weights, routing.experts)]
-    trace.append(parts, tokens=places % 128, positions=places % 100, sequences=places // 100)
-    draw = {
-        name: lambda name=name: routing_view(trace, picture="load", router=name, capacity_factor=1.25)
-        for name in ROUTERS
-    }
-    print("20000 tokens routed again and drawn (target: below 100 ms)")
-    report(alternate(draw), "top-k")
+    """A trace of 20000 tokens, 8 experts and 3 layers, routed again, drawn, and made ready for the wire."""
+    trace, places = RoutingTrace(["first", "second", "third"], k=2), torch.arange(20_000)
+    layers = [TopK(1, 8).eval().route(torch.randn(20_000, 8)) for _ in trace.layers]
+    parts = [(routing.logits, routing.weights, routing.experts) for routing in layers]
+    about = {"tokens": places % 128, "positions": places % 100, "sequences": places // 100}
+    trace.append(parts, **about, labels=[f"label {place // 2000}" for place in places.tolist()])
+
+    def move(**settings) -> None:
+        encode(routing_view(trace, other=trace, capacity_factor=1.25, **settings))
+
+    print("20000 tokens: every router, picture load (target: below 100 ms)")
+    report(alternate({name: lambda name=name: move(picture="load", router=name) for name in ROUTERS}, 5), "top-k")
+    print("20000 tokens: every picture, routed by top-k")
+    report(alternate({name: lambda name=name: move(picture=name, router="top-k") for name in PICTURES}, 5), "load")
+    print("20000 tokens: the pictures of all layers, by a balanced assignment of 8192 tokens (layers: of all)")
+    assigned = ("flow", "drift", "confusion", "layers")
+    rows = {name: lambda name=name: move(picture=name, router="balanced assignment") for name in assigned}
+    report(alternate(rows, 3), "confusion")
 
 
 @torch.no_grad()

@@ -267,6 +267,7 @@ print(inspect.getsource(MetaDMoE.adapt).split('"""')[2])
 # %% [markdown]
 # *Meta-training* plays the new domain on known ones: take one angle, leave out the expert that knows it, adapt to 24
 # pictures without labels, and ask 40 others. The error flows back through the step, into student and aggregator.
+# On validation digits at angles between those, rates of 0.05 and 0.1 came out level and 0.2 behind.
 
 # %%
 from notebook_kit.mixtures import meta_train, pretrain_aggregator
@@ -355,8 +356,8 @@ claim(
 # compromise, one for each field is expensive. Between them: copy every MLP of a pretrained BERT for each field, and
 # send a whole text through its field's copies. Nobody learns a router, a *domain token* gives the order.
 #
-# Our fields are three groups of languages; partners are overlapping windows of one article of the Universal Declaration
-# of Human Rights. Test articles are of no training article's number.
+# Our fields are three groups of languages (the third is Finnish, Turkish and Vietnamese); partners are overlapping
+# windows of one article of the Universal Declaration of Human Rights. No training article is tested, in any language.
 
 # %%
 fields = [("deu", "nld", "swe"), ("fra", "spa", "ita"), ("fin", "tur", "vie")]
@@ -482,7 +483,7 @@ table["before training"] = recall(fresh)
 # text through another field's experts.
 
 # %%
-table.index = ["Germanic", "Romance", "Finnish, Turkish, Vietnamese"]
+table.index = ["Germanic", "Romance", "three others"]
 wide = {"x": "field", "y": "model", "label": "partner first (share)"}
 LiveFigure(figures.expert_share_figure(table.T, title="Who finds the partner in held-out articles", **wide))
 

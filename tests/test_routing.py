@@ -9,7 +9,7 @@ from torch import nn
 
 from notebook_kit import models
 from notebook_kit.checkpoints import BadCheckpoint
-from notebook_kit.diagnostics.router_comparison import ByteMixture
+from notebook_kit.diagnostics.byte_mixture import ByteMixture
 from notebook_kit.mixtures import MoE
 from notebook_kit.models import MLP
 from notebook_kit.routers import BalancedAssignment, ExpertChoice, LossFreeBias, StableMoE, TopK, install

@@ -31,7 +31,8 @@ class Scenes:
 
 
 def scenes(split: str, n: int, *, seed: int = 0) -> Scenes:
-    """Draw scenes; digits and the halves of the photos that are used are the split's own.
+    """Draw scenes; digits are the split's own, photos are cut from the left half for training and
+    from the right half for validation and test.
 
     Args:
         split: "train", "val" or "test".

@@ -57,7 +57,7 @@ def budget_view(
     ticks = []
     for k, (name, size) in enumerate(zip(names, roster.sizes, strict=True)):
         name = name.replace(", ", ",<br>")
-        ticks.append(f"<b>● {name}</b><br>{size:,.0f}" if k in found.hosted else f"{name}<br>{size:,.0f}")
+        ticks.append(f"<b>{name}</b><br>● {size:,.0f}" if k in found.hosted else f"{name}<br>{size:,.0f}")
     unsure = "" if threshold is None else f", {served.fallback:.0%} fell back"
     return figure(
         data,
@@ -152,11 +152,11 @@ def expert_share_figure(table: pd.DataFrame, *, title: str = "", x: str = "exper
     z, rows = table.to_numpy(dtype=float), list(range(len(table)))
     names = [_label(str(name), 32) for name in table.index]
     columns = [_label(str(column), 32) for column in table]
-    data = [heatmap(z, x=columns, y=rows, label=label, limit=float(z.max()))]
+    data = [heatmap(z, x=range(len(columns)), y=rows, label=label, limit=float(z.max()))]
     for shade, cells in (("#FFFFFF", z < 0.6 * z.max()), ("#000000", z >= 0.6 * z.max())):
         row, column = np.nonzero(cells)
         text = {"text": [f"{share:.2f}" for share in z[row, column]], "textfont": {"color": shade, "size": 12}}
-        places = {"x": [columns[c] for c in column], "y": row, "mode": "text", "hoverinfo": "skip"}
+        places = {"x": column, "y": row, "mode": "text", "hoverinfo": "skip"}
         data.append({"type": "scatter", "showlegend": False, **places, **text})
     return figure(
         data,
@@ -164,6 +164,7 @@ def expert_share_figure(table: pd.DataFrame, *, title: str = "", x: str = "exper
         x=x,
         y=y,
         height=int(np.clip(170 + 34 * len(table), 260, 700)),
+        xaxis={"tickvals": list(range(len(columns))), "ticktext": columns, "showgrid": False},
         yaxis={"autorange": "reversed", "tickvals": rows, "ticktext": names, "showgrid": False},
     )
 
@@ -217,7 +218,7 @@ def embedding_view(
         x="first direction",
         y="second direction",
         height=460,
-        margin={"l": 64, "r": 24, "t": 76, "b": 52},
+        margin={"l": 64, "r": 24, "t": 84, "b": 52},
         xaxis={"domain": [0, 0.44]},
         xaxis2={
             "domain": [0.56, 1],

@@ -117,8 +117,9 @@ def flow_figure(routings: Sequence[Routing], *, first_layer: int = 0, title: str
     if len(routings) < 2:
         raise ValueError(f"a flow needs two layers at least, got {len(routings)}")
     own = [_busiest(routing) for routing in routings]
-    pairs = zip(pairwise(routings), pairwise(own), strict=True)
-    tables = [_lumped(_lumped(numbers.flows(a, b).numpy(), i).T, j).T for (a, b), (i, j) in pairs]
+    whole = [numbers.flows(a, b).numpy() for a, b in pairwise(routings)]
+    favourite = np.mean([table.max(1).sum() / max(table.sum(), 1e-9) for table in whole])
+    tables = [_lumped(_lumped(table, i).T, j).T for table, (i, j) in zip(whole, pairwise(own), strict=True)]
     names = [[*map(str, o), *["others"] * (len(o) < r.logits.shape[1])] for o, r in zip(own, routings, strict=True)]
     colours = [
         [expert_colours(routing.logits.shape[1])[expert] for expert in mine] + [NEUTRAL] * (len(called) - len(mine))
@@ -142,7 +143,6 @@ def flow_figure(routings: Sequence[Routing], *, first_layer: int = 0, title: str
     # plotly takes 0 for "not given".
     nodes["x"] = np.repeat(np.linspace(0.001, 0.999, len(names)), [len(called) for called in names])
     nodes |= {"y": _heights(sizes), "hovertemplate": "expert %{label}: %{value} of the tokens<extra></extra>"}
-    favourite = np.mean([table.max(1).sum() / max(table.sum(), 1e-9) for table in tables])
     notes = [
         {"text": f"layer {first_layer + i}", "x": i / (len(names) - 1), "xanchor": anchor}
         | {"xref": "paper", "yref": "paper", "y": 1.0, "yanchor": "bottom", "showarrow": False}
@@ -150,7 +150,7 @@ def flow_figure(routings: Sequence[Routing], *, first_layer: int = 0, title: str
     ]
     return figure(
         [{"type": "sankey", "arrangement": "fixed", "valueformat": ".1%", "node": nodes, "link": link}],
-        title=f"{title}: {favourite:.0%} of tokens follow their expert's widest band; heights are shares of tokens",
+        title=f"{title}: {favourite:.0%} of tokens go on to their expert's favourite; heights are shares of tokens",
         height=PLOT + 96,
         margin={"l": 24, "r": 24, "t": 72, "b": 24},
         annotations=notes,

@@ -514,8 +514,8 @@ function render({ model, el }) {
     if (settings[name] === value && model.get("dragging") === dragging) return;
     model.set("settings", { ...settings, [name]: value });
     model.set("dragging", dragging);
+    el.classList.add("nbk-waiting"); // before the change goes out: a page without a kernel answers at once
     model.save_changes();
-    el.classList.add("nbk-waiting");
   };
   if (specs.length) {
     const panel = main.appendChild(element("div", "nbk-controls"));

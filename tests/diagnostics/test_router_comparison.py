@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from notebook_kit.diagnostics.router_comparison import CONTEXT, ByteMixture, Size, _curve, make_router, train_router
+from notebook_kit.diagnostics.byte_mixture import CONTEXT, ByteMixture
+from notebook_kit.diagnostics.router_comparison import Size, _curve, make_router, train_router
 from notebook_kit.routers import DenseToSparse, HashRouter, RandomRouter, StableMoE, StochasticExperts, TopK
 from tests.untyped import untyped
 
@@ -48,7 +49,10 @@ def test_routers_with_ways_of_their_own_are_trained(router):
 
 
 def test_what_is_no_router():
-    with untyped(), pytest.raises(ValueError, match=r"a class, \(class, settings\), a Router or a function, got 'TopK'"):
+    with (
+        untyped(),
+        pytest.raises(ValueError, match=r"a class, \(class, settings\), a Router or a function, got 'TopK'"),
+    ):
         make_router("TopK", SMALL, 9, 0)
 
 

@@ -1,5 +1,7 @@
 """Every picture with every router, and text from data that stays text."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -171,6 +173,10 @@ def test_a_flow_of_many_experts_shows_the_busiest():
     (sankey,) = flow_figure(routings).data
     assert len(sankey.node.label) == 36
     assert sankey.node.label[11] == "others"
+    share = np.mean([numbers.flows(a, b).max(1).values.sum() for a, b in pairwise(routings)])
+    assert (
+        f"{share:.0%} of tokens go on" in flow_figure(routings).layout.title.text
+    )  # of all experts, not of those shown
     assert float(np.sum(sankey.link.value)) == pytest.approx(2.0)
     with pytest.raises(ValueError, match="two layers at least, got 1"):
         flow_figure(routings[:1])
