@@ -214,11 +214,16 @@ claim(
 # entry is in its row, the likelier it stays, and each survivor is divided by its own probability:
 
 # %%
-# NBVAL_CHECK_OUTPUT
 from notebook_kit.merging.della import keep_probabilities
 
-row = torch.tensor([0.1, 0.4, 0.2, 0.3])
 print(inspect.getsource(keep_probabilities))
+
+# %% [markdown]
+# Four magnitudes, four probabilities; below, a band out of ten entries:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+row = torch.tensor([0.1, 0.4, 0.2, 0.3])
 print(keep_probabilities(row, density=0.5, epsilon=0.2).numpy().round(2))
 print(breadcrumbs({"w": torch.zeros(10)}, [{"w": torch.arange(1.0, 11)}], density=0.5, gamma=0.1, scale=1.0)["w"])
 
