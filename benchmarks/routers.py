@@ -2,7 +2,8 @@
 
     python benchmarks/routers.py
 
-One thread, no gradients; CPU milliseconds, medians of alternating runs. `ratio` is to the baseline named in the line.
+One thread, no gradients; CPU milliseconds, medians of alternating runs. `ratio` is to the first line of a block. The
+decisions alone are the hard case; a gate also multiplies tokens by its matrix, which is most of its work in a model.
 """
 
 import statistics
@@ -15,12 +16,25 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from notebook_kit.figures.routing import PICTURES, ROUTERS, routing_view
-from notebook_kit.routers import BalancedAssignment, ExpertChoice, HashRouter, LossFreeBias, NoisyTopK, StableMoE, TopK
+from notebook_kit.routers import (
+    BalancedAssignment,
+    DenseToSparse,
+    ExpertChoice,
+    HashRouter,
+    LossFreeBias,
+    NoisyTopK,
+    NullExperts,
+    RandomRouter,
+    StableMoE,
+    StochasticExperts,
+    TopK,
+    TopP,
+)
 from notebook_kit.routers.assignment import balanced_assignment
 from notebook_kit.routing import RoutingTrace
 from notebook_kit.widgets.wire import encode
 
-TOKENS, EXPERTS = 16384, 64
+TOKENS, EXPERTS, WIDTH = 16384, 64, 1024
 
 
 def alternate(functions: dict, runs: int = 15) -> dict[str, float]:
@@ -41,33 +55,60 @@ def report(ms: dict[str, float], baseline: str) -> None:
         print(f"  {name:28} {value:9.2f} ms   ratio {value / ms[baseline]:6.2f}")
 
 
+def routers_of(d_model: int, k: int) -> dict:
+    """Every router that is no plain assignment, for k experts a token."""
+    top_k = {"normalize": k > 1, "k": k}
+    routers = {
+        "top-k": TopK(d_model, EXPERTS, balance_coef=0.0, **top_k),
+        "top-k, balance and z-loss": TopK(d_model, EXPERTS, z_coef=0.01, **top_k),
+        "top-k, capacity": TopK(d_model, EXPERTS, capacity_factor=1.25, **top_k),
+        "top-k, capacity, best first": TopK(d_model, EXPERTS, capacity_factor=1.25, priority="batch", **top_k),
+        "bias, sigmoid": LossFreeBias(d_model, EXPERTS, k=k, normalize=k > 1),
+        "bias, softmax": LossFreeBias(d_model, EXPERTS, k=k, normalize=k > 1, scores="softmax"),
+        "null experts, twice as many": NullExperts(d_model, EXPERTS, k=k),
+        "random": RandomRouter(d_model, EXPERTS, k=k),
+        "expert choice": ExpertChoice(d_model, EXPERTS, k=k),
+    }
+    if k > 1:
+        routers["noisy"] = NoisyTopK(d_model, EXPERTS, k=k)
+    else:
+        routers |= {"top-p 0.4": TopP(d_model, EXPERTS), "top-p 0.2": TopP(d_model, EXPERTS, threshold=0.2)}
+        routers |= {
+            "dense to sparse": DenseToSparse(d_model, EXPERTS),
+            "stochastic": StochasticExperts(d_model, EXPERTS),
+        }
+        routers["BASE, evaluation"] = BalancedAssignment(d_model, EXPERTS).eval()
+    return routers
+
+
 def overhead(k: int) -> None:
     """Every router's decision on the same logits."""
     z, ids = torch.randn(TOKENS, EXPERTS), torch.randint(0, 256, (TOKENS,))
-    routers = {
-        "top-k": TopK(1, EXPERTS, k=k, normalize=k > 1, balance_coef=0.0),
-        "top-k, balance and z-loss": TopK(1, EXPERTS, k=k, normalize=k > 1, z_coef=0.01),
-        "top-k, capacity": TopK(1, EXPERTS, k=k, normalize=k > 1, capacity_factor=1.25),
-        "top-k, capacity, best first": TopK(1, EXPERTS, k=k, normalize=k > 1, capacity_factor=1.25, priority="batch"),
-        "bias, sigmoid": LossFreeBias(1, EXPERTS, k=k, normalize=k > 1),
-        "bias, softmax": LossFreeBias(1, EXPERTS, k=k, normalize=k > 1, scores="softmax"),
-        "expert choice": ExpertChoice(1, EXPERTS, k=k),
-    }
-    routers |= {"noisy": NoisyTopK(1, EXPERTS, k=k)} if k > 1 else {}
+    routers = routers_of(1, k)
     functions = {"bare softmax and top-k": lambda: z.softmax(1).topk(k, dim=1)}
     functions |= {name: lambda router=router: router.route(z) for name, router in routers.items()}
     if k == 1:
         known = {"hash": HashRouter(1, EXPERTS), "stable, stage 1": StableMoE(1, EXPERTS)}
         known["stable, evaluation"] = StableMoE(1, EXPERTS).eval()
         functions |= {name: lambda router=router: router.route(z, tokens=ids) for name, router in known.items()}
-        greedy = BalancedAssignment(1, EXPERTS).eval()
-        functions["BASE, evaluation"] = lambda: greedy.route(z)
-    print(f"{TOKENS} tokens, {EXPERTS} experts, k={k}")
+    print(f"decisions: {TOKENS} tokens, {EXPERTS} experts, k={k}")
     report(alternate(functions), "bare softmax and top-k")
     if k > 1:
         columns = {"bare softmax and column top-k": lambda: z.softmax(1).topk(k * TOKENS // EXPERTS, dim=0)}
         columns["expert choice"] = lambda router=routers["expert choice"]: router.route(z)
         report(alternate(columns), "bare softmax and column top-k")
+
+
+def whole_call(k: int) -> None:
+    """From tokens to decisions: the gate's product included."""
+    x, weight = torch.randn(TOKENS, WIDTH), torch.randn(EXPERTS, WIDTH) / WIDTH**0.5
+    functions = {"bare gate, softmax and top-k": lambda: (x @ weight.T).softmax(1).topk(k, dim=1)}
+    for name, router in routers_of(WIDTH, k).items():
+        if getattr(router, "weight", None) is not None:
+            router.weight[:EXPERTS].copy_(weight)
+        functions[name] = lambda router=router: router(x)
+    print(f"whole call: {TOKENS} tokens of width {WIDTH}, {EXPERTS} experts, k={k}")
+    report(alternate(functions, runs=5), "bare gate, softmax and top-k")
 
 
 def assignment() -> None:
@@ -123,6 +164,8 @@ def main() -> None:
     torch.manual_seed(0)
     for k in (1, 2, 8):
         overhead(k)
+    for k in (1, 2):
+        whole_call(k)
     assignment()
     deepseek()
     rerouting()

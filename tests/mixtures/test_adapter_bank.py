@@ -367,6 +367,7 @@ def test_texts_are_embedded_by_what_is_given():
     assert glider.ask(tasks[1])[1].item() == pytest.approx(1)
     c = glider.ask(["mirrored", "shifted"])
     assert c.shape == (2, 3)
+
     def lengths(texts):
         return torch.tensor([[len(t), 1.0] for t in texts])
 
