@@ -28,6 +28,8 @@ ALLOWED = {
     "expert_merging": {"alignment", "merging"},
     "serving": {"compression"},
 }
+# A checkpoint of a method's own class can only be built by that class; imported when the bed is asked for.
+LATE = {("zoo/diffusion.py", "mixtures")}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -73,8 +75,11 @@ def test_imports_run_one_way():
         here = room(path)
         if here == "__init__":
             continue
+        name = path.relative_to(ROOT).as_posix()
+        at_import = rooms_of(imports(path, everywhere=False))
         for there in rooms_of(imports(path, everywhere=True)) & set(LAYER):
-            if LAYER[there] > LAYER[here]:
+            late = (name, there) in LATE and there not in at_import
+            if LAYER[there] > LAYER[here] and not late:
                 wrong.append(f"{path.relative_to(ROOT)} imports {there}")
     assert not wrong
 
