@@ -65,7 +65,7 @@ def routers_of(d_model: int, k: int) -> dict:
         "top-k, capacity, best first": TopK(d_model, EXPERTS, capacity_factor=1.25, priority="batch", **top_k),
         "bias, sigmoid": LossFreeBias(d_model, EXPERTS, k=k, normalize=k > 1),
         "bias, softmax": LossFreeBias(d_model, EXPERTS, k=k, normalize=k > 1, scores="softmax"),
-        "null experts, twice as many": NullExperts(d_model, EXPERTS, k=k),
+        "null experts, as many": NullExperts(d_model, EXPERTS, n_null=EXPERTS, k=k),
         "random": RandomRouter(d_model, EXPERTS, k=k),
         "expert choice": ExpertChoice(d_model, EXPERTS, k=k),
     }
@@ -86,7 +86,10 @@ def overhead(k: int) -> None:
     z, ids = torch.randn(TOKENS, EXPERTS), torch.randint(0, 256, (TOKENS,))
     routers = routers_of(1, k)
     functions = {"bare softmax and top-k": lambda: z.softmax(1).topk(k, dim=1)}
-    functions |= {name: lambda router=router: router.route(z) for name, router in routers.items()}
+    wide = torch.randn(TOKENS, 2 * EXPERTS)  # what null experts decide on
+    for name, router in routers.items():
+        scores = wide if isinstance(router, NullExperts) else z
+        functions[name] = lambda router=router, scores=scores: router.route(scores)
     if k == 1:
         known = {"hash": HashRouter(1, EXPERTS), "stable, stage 1": StableMoE(1, EXPERTS)}
         known["stable, evaluation"] = StableMoE(1, EXPERTS).eval()

@@ -31,7 +31,7 @@ from notebook_kit.routers.router import Router
 from notebook_kit.routing import Routing
 
 ROUNDING = 1e-6
-FEW = 8  # experts that are looked at first: finding the 8 best is cheaper than sorting all
+SOME, FEWEST = 256, 8  # tokens that are looked at; experts that are cheap to find
 
 
 @method(family="routers", paper="dynamic-moe")
@@ -104,15 +104,16 @@ def nucleus(
         Experts by falling probability (of equal ones the lowest index first), as many columns as the longest set has;
         and True where a token uses them.
     """
-    few = min(FEW, probs.shape[1])
-    # A look at some tokens says whether the short way pays: else all rows are sorted.
-    some = probs[:: max(1, len(probs) // 256)].topk(few, dim=1).values.sum(1)
-    if few < probs.shape[1] and (some < threshold).float().mean() > 0.5:
+    n_experts = probs.shape[1]
+    # A look at some tokens says how many experts nearly all of them need: finding these is cheaper than sorting all.
+    some = _sorted(probs[:: max(1, len(probs) // SOME)], threshold)[1].sum(1)
+    few = max(FEWEST, int(some.float().quantile(0.99)) + 1) if len(some) else n_experts
+    if 2 * few > n_experts:
         return _trimmed(*_sorted(probs, threshold))
     picks = top_k(probs, few)
     kept = _before_threshold(probs.gather(1, picks), threshold)
     # A token whose last place is in use may need more: those rows are sorted whole.
-    longer = kept[:, -1] if few < probs.shape[1] else kept.new_zeros(len(kept))
+    longer = kept[:, -1]
     if longer.any():
         order, whole = _trimmed(*_sorted(probs[longer], threshold))
         picks, kept = (F.pad(part, (0, order.shape[1] - few)) for part in (picks, kept))
