@@ -74,7 +74,8 @@ def routers_of(d_model: int, k: int) -> dict:
     else:
         routers |= {"top-p 0.4": TopP(d_model, EXPERTS), "top-p 0.2": TopP(d_model, EXPERTS, threshold=0.2)}
         routers |= {
-            "dense to sparse": DenseToSparse(d_model, EXPERTS),
+            "dense to sparse, training": DenseToSparse(d_model, EXPERTS),
+            "dense to sparse, evaluation": DenseToSparse(d_model, EXPERTS).eval(),
             "stochastic": StochasticExperts(d_model, EXPERTS),
         }
         routers["BASE, evaluation"] = BalancedAssignment(d_model, EXPERTS).eval()

@@ -41,7 +41,10 @@ def load_balancing_loss(
 
 @method(family="routers", paper="st-moe")
 def z_loss(
-    logits: Float[Tensor, "tokens experts"], *, mask: Bool[Tensor, " tokens"] | None = None
+    logits: Float[Tensor, "tokens experts"],
+    *,
+    mask: Bool[Tensor, " tokens"] | None = None,
+    normalizer: Float[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, ""]:
     """mean over tokens of (logsumexp z)²: keeps logits small, where float rounding is fine-grained.
 
@@ -50,14 +53,16 @@ def z_loss(
     Args:
         logits: z.
         mask: True for real tokens.
+        normalizer: logsumexp z, where it is known already: z_i - log p_i, for whichever i.
 
     Returns:
         Scalar; multiply by a coefficient such as 0.001.
 
     Source: Zoph et al. 2022, equation 5.
     """
-    logits = logits if mask is None else logits[mask]
-    return logits.float().logsumexp(1).square().sum() / max(len(logits), 1)
+    normalizer = logits.float().logsumexp(1) if normalizer is None else normalizer
+    normalizer = normalizer if mask is None else normalizer[mask]
+    return normalizer.square().sum() / max(len(normalizer), 1)
 
 
 @method(family="routers", paper="sparsely-gated-moe")

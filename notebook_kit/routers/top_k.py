@@ -147,7 +147,9 @@ class TopK(Router):
             counted = picks if self.convention == "mixtral" else picks[:, :1]
             loss = loss + self.balance_coef * load_balancing_loss(p, counted, mask=mask)
         if self.z_coef:
-            loss = loss + self.z_coef * z_loss(z, mask=mask)
+            best = picks[:, :1]
+            normalizer = (z.gather(1, best) - p.gather(1, best).log()).squeeze(1)
+            loss = loss + self.z_coef * z_loss(z, mask=mask, normalizer=normalizer)
         return loss
 
     def extra_repr(self) -> str:

@@ -84,7 +84,7 @@ class TopP(Router):
         if self.balance_coef:
             loss = loss + self.balance_coef * load_balancing_loss(p, experts, mask=mask)
         if self.entropy_coef:
-            loss = loss + self.entropy_coef * entropy_loss(log_p, mask=mask)
+            loss = loss + self.entropy_coef * entropy_loss(log_p, mask=mask, probs=p)
         return Routing(logits, p, weights, experts, loss)
 
     def extra_repr(self) -> str:
@@ -141,14 +141,20 @@ def _before_threshold(falling: Float[Tensor, "tokens k"], threshold: float) -> B
 
 
 def entropy_loss(
-    log_probs: Float[Tensor, "tokens experts"], *, mask: Bool[Tensor, " tokens"] | None = None
+    log_probs: Float[Tensor, "tokens experts"],
+    *,
+    mask: Bool[Tensor, " tokens"] | None = None,
+    probs: Float[Tensor, "tokens experts"] | None = None,
 ) -> Float[Tensor, ""]:
     """-mean over tokens of Σ P log P, in nats: 0 for a sure router, log N for a flat one.
 
     Args:
         log_probs: log P of all experts, used or not.
         mask: True for real tokens.
+        probs: P, where it is there already.
     """
-    log_probs = log_probs if mask is None else log_probs[mask]
+    probs = log_probs.exp() if probs is None else probs
+    if mask is not None:
+        log_probs, probs = log_probs[mask], probs[mask]
     # P log P is 0 where P is 0, also where the logarithm is -inf.
-    return -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum() / max(len(log_probs), 1)
+    return -(probs * log_probs.clamp_min(-1e4)).sum() / max(len(log_probs), 1)
