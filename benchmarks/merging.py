@@ -35,7 +35,10 @@ def tensors(millions: float, dtype: torch.dtype = torch.float32) -> tuple[dict, 
     shares = [6, 4, 3, 2, 2, 1]
     rows = [max(1, round(millions * 1e6 * share / sum(shares) / 1000)) for share in shares]
     base = {f"layers.{i}.weight": torch.randn(n, 1000, generator=g).to(dtype) for i, n in enumerate(rows)}
-    draw = lambda tensor: (tensor + 0.01 * torch.randn(tensor.shape, generator=g)).to(dtype)  # noqa: E731
+
+    def draw(tensor):
+        return (tensor + 0.01 * torch.randn(tensor.shape, generator=g)).to(dtype)
+
     return base, [{key: draw(tensor) for key, tensor in base.items()} for _ in range(EXPERTS)]
 
 

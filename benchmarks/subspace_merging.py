@@ -40,7 +40,10 @@ ETA, SUBSPACE, DENSITY = 0.07, 6, 0.3
 def matrices(shape: tuple[int, int], count: int) -> tuple[dict, list[dict]]:
     """A base and experts whose updates have a falling spectrum and a part in common, as fine-tuning makes them."""
     g = torch.Generator().manual_seed(0)
-    draw = lambda *size: torch.randn(*size, generator=g)  # noqa: E731
+
+    def draw(*size):
+        return torch.randn(*size, generator=g)
+
     m, n = shape
     falling = torch.logspace(0, -2, min(m, n))
 

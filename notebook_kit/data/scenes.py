@@ -3,7 +3,6 @@
 Each quarter of 8 x 8 pixels holds one thing: digit top left, bars top right, photo bottom left, disc bottom right.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -49,7 +48,10 @@ def scenes(split: str, n: int, *, seed: int = 0) -> Scenes:
     pixels, labels = pixels[labels < 5], labels[labels < 5]
     offset = {"train": 0, "val": 1, "test": 2}[split]
     generator = torch.Generator().manual_seed(1000 * seed + offset)
-    pick: Callable[[int], Tensor] = lambda high: torch.randint(high, (n,), generator=generator)  # noqa: E731
+
+    def pick(high: int) -> Tensor:
+        return torch.randint(high, (n,), generator=generator)
+
     images = torch.zeros(n, 3, 16, 16)
     rows = pick(len(pixels))
     images[:, :, :8, :8] = pixels[rows].view(n, 1, 8, 8)

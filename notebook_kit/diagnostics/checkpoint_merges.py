@@ -74,7 +74,10 @@ def penalty_view(
     """
     metrics = losses if metric == "loss" else steps
     how = {"metrics": metrics, "metric": metric, "form": form, "n_last": n_last, "stride": stride, "space": space}
-    at = lambda p: float(measure(metrics_weighted(checkpoints[-1], checkpoints, penalty=float(p), **how)))  # noqa: E731
+
+    def at(p):
+        return float(measure(metrics_weighted(checkpoints[-1], checkpoints, penalty=float(p), **how)))
+
     chosen = select_checkpoints(len(checkpoints), n_last=n_last, stride=stride)
     weights = np.zeros(len(checkpoints))
     weights[chosen] = checkpoint_weights([metrics[c] for c in chosen], metric=metric, form=form, penalty=penalty)

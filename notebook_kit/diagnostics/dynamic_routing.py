@@ -93,7 +93,10 @@ def threshold_curve(
     if not routers:
         raise ValueError(f"no TopP router in {type(model).__name__}")
     counts: list[float] = []
-    count = lambda module, args, routing: counts.append(float(experts_per_token(routing).float().mean()))  # noqa: E731
+
+    def count(module, args, routing):
+        return counts.append(float(experts_per_token(routing).float().mean()))
+
     before, rows = [r.threshold for r in routers], []
     hook = (router or routers[0]).register_forward_hook(count)
     try:

@@ -157,7 +157,10 @@ def patch_view(
         gamma = elect_sign(tau, elect, seen.get("norms", {}).get(name))
         gamma[cancels(tau, gamma) > 0] = seen["tie_sign"]
     merged = ties(base, experts, combine=combine, **options, **seen)[name] - base[name]
-    cut = lambda flat: flat.reshape(base[name].shape)[:size, :size].float().numpy()  # noqa: E731
+
+    def cut(flat):
+        return flat.reshape(base[name].shape)[:size, :size].float().numpy()
+
     return PatchView(name, cut(tau[0]), cut(tau[1]), cut(gamma), cut(merged.reshape(-1)), names)
 
 
@@ -202,10 +205,16 @@ def pcb_view(
     options = {"density": density, "intra": intra, "inter": inter}
     levels = statistics(base, experts, **options)
     scores = pcb_scores(base, experts, **options, **levels)
-    stack = lambda of: torch.cat([part.reshape(len(experts), -1) for part in of.values()], dim=1)  # noqa: E731
+
+    def stack(of):
+        return torch.cat([part.reshape(len(experts), -1) for part in of.values()], dim=1)
+
     kept = stack(scores.kept) > 0
     picks = torch.randint(kept.numel(), (points,), generator=torch.Generator().manual_seed(0))
-    take = lambda of: of.reshape(-1)[picks].numpy()  # noqa: E731
+
+    def take(of):
+        return of.reshape(-1)[picks].numpy()
+
     counts = kept.sum(dim=0).bincount(minlength=len(experts) + 1).numpy()
     found = None if score is None else score(pcb(base, experts, scale=scale, **options, **levels))
     labels = list(names) if names is not None else [f"expert {i}" for i in range(len(experts))]
@@ -255,8 +264,13 @@ def tall_view(
         base_merge: the multi-task vector, a sum or TIES' disjoint sum.
     """
     masked = tall_masks(base, experts, threshold=threshold, base_merge=base_merge)
-    own_task = lambda weights, i: list(score(weights).tasks.values())[i]  # noqa: E731
-    every_task = lambda weights: np.array(list(score(weights).tasks.values()))  # noqa: E731
+
+    def own_task(weights, i):
+        return list(score(weights).tasks.values())[i]
+
+    def every_task(weights):
+        return np.array(list(score(weights).tasks.values()))
+
     options = {"threshold": threshold, "base_merge": base_merge, "scale": scale}
     return TallView(
         list(score(base).tasks),

@@ -221,7 +221,10 @@ def loss_triangle(
         raise ValueError(f"a triangle has three corners, got {len(corners)} (loss_triangle)")
     n = divisions
     shares = np.array([(i, j, n - i - j) for i in range(n + 1) for j in range(n + 1 - i)]) / n
-    blend = lambda row: average(corners[0], corners, weights=row.tolist())  # noqa: E731
+
+    def blend(row):
+        return average(corners[0], corners, weights=row.tolist())
+
     return shares, np.array([float(loss(blend(row))) for row in shares])
 
 

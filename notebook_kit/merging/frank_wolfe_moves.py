@@ -83,7 +83,10 @@ def move_towards(
     ]
     if move == "ties":
         return ties(theta, targets, density=density, scale=size), torch.full_like(weights, float("nan"))
-    every = lambda part: {name: part[owner] for name, owner in owners.items()}  # noqa: E731
+
+    def every(part):
+        return {name: part[owner] for name, owner in owners.items()}
+
     layer_wise = "layer" if len(groups) == len(theta) else "task"
     start = {"granularity": layer_wise, "scale": FIRST if first else LATER}
     path = adamerging_path(every(theta), [every(target) for target in targets], **start, **learn)

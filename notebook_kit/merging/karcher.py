@@ -43,7 +43,10 @@ def karcher_coefficients(
         n_iterations: steps, at most.
         tolerance: radians; a shorter step ends the iteration, and a vector nearer than this asks for no step.
     """
-    length = lambda c: float((c @ gram @ c).clamp(min=0).sqrt())  # noqa: E731
+
+    def length(c):
+        return float((c @ gram @ c).clamp(min=0).sqrt())
+
     first = length(weights)
     m = weights / first if first >= tolerance else torch.eye(len(weights), dtype=weights.dtype)[0]
     for _ in range(n_iterations):

@@ -110,7 +110,10 @@ class Objective:
         values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
         n = len(next(value for value in values if isinstance(value, Tensor)))
         rows = torch.randint(n, (min(self.batch_size, n),), generator=self._generator)
-        take = lambda value: value[rows] if isinstance(value, Tensor) and len(value) == n else value  # noqa: E731
+
+        def take(value):
+            return value[rows] if isinstance(value, Tensor) and len(value) == n else value
+
         if isinstance(batch, Mapping):
             return {name: take(value) for name, value in batch.items()}
         return tuple(map(take, batch)) if isinstance(batch, tuple) else take(batch)

@@ -111,12 +111,17 @@ def levels_of(
 
 
 def _levels(base, experts, names, d, scoring, density, clip) -> list[Levels]:
-    walk = lambda: _walk(base, experts, names)  # noqa: E731
+    def walk():
+        return _walk(base, experts, names)
+
     # Ranks from the largest, of the sorted positions ⌊d q⌋ and ⌊d (1 − q) − 1⌋ of the official code.
     ranks = d - min(int(d * clip), d - 1), d - max(int(d * (1 - clip) - 1), 0)
     levels = []
     for expert in experts:
-        magnitudes = lambda expert=expert: (tau[0].abs() for tau in _walk(base, [expert], names))  # noqa: E731
+
+        def magnitudes(expert=expert):
+            return (tau[0].abs() for tau in _walk(base, [expert], names))
+
         low, high = kth_largest(magnitudes, d, ranks)
         levels.append(Levels(low, max(low, high)))
     if scoring.off:
@@ -125,7 +130,10 @@ def _levels(base, experts, names, d, scoring, density, clip) -> list[Levels]:
         for i, at in enumerate(levels):
             at.pairs = [_pair(walk, i, j) for j in range(len(experts))]
     for i, at in enumerate(levels):
-        balances = lambda i=i: (scoring.balance(tau, i, levels) for tau in walk())  # noqa: E731
+
+        def balances(i=i):
+            return (scoring.balance(tau, i, levels) for tau in walk())
+
         at.threshold, at.top = kth_largest(balances, d, (d - min(int(d * (1 - density)), d - 1), 1))
     return levels
 

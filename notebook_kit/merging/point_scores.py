@@ -43,7 +43,10 @@ class PointScores:
         if tied:  # one tensor in base, but two in the model: each must be given
             return torch.stack([self(space.weights(row)) for row in flat])
         rest = {name: tensor for name, tensor in space.like.items() if name not in space.owners}
-        call = lambda one: functional_call(self.model, one | rest, (self.inputs,))  # noqa: E731
+
+        def call(one):
+            return functional_call(self.model, one | rest, (self.inputs,))
+
         return self._right(vmap(call)(space.stack(flat)))
 
     def _right(self, logits: Tensor) -> Tensor:

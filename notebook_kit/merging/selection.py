@@ -90,7 +90,10 @@ def kth_largest(pieces: Callable[[], Iterable[Tensor]], d: int, ks: Sequence[int
     brackets = [EVERYTHING]
     if d > 4 * SAMPLE:
         generator = torch.Generator().manual_seed(0)
-        take = lambda m: m[torch.randint(len(m), (SAMPLE * len(m) // d + 1,), generator=generator)]  # noqa: E731
+
+        def take(m):
+            return m[torch.randint(len(m), (SAMPLE * len(m) // d + 1,), generator=generator)]
+
         sample = torch.cat([take(m) for m in pieces() if len(m)])
         brackets = [_around(sample, k / d) for k in ks]
     counted = _count(pieces, brackets)
@@ -106,7 +109,10 @@ def _select(base: Weights, expert: Weights, names: list[str], count: Callable[[i
     if k == d:
         return Trim(0.0)
     bracket = _bracket(base, expert, sizes, k / d) if d > 4 * SAMPLE else EVERYTHING
-    magnitudes = lambda: _magnitudes(base, expert, names)  # noqa: E731
+
+    def magnitudes():
+        return _magnitudes(base, expert, names)
+
     threshold, above, inside = _kth(magnitudes, k, *_count(magnitudes, [bracket])[0])
     at_least = above + int((inside >= threshold).sum())
     if at_least == k or threshold == 0:

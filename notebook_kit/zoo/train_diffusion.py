@@ -35,7 +35,10 @@ def train_digit_diffusion(kind: str, seed: int = 0) -> None:
         return task + aux_loss(model) if kind == "mixture" else task
 
     name = f"digit_diffusion_{kind}"
-    schedule = lambda done: 0.5 + 0.5 * math.cos(math.pi * done)  # noqa: E731
+
+    def schedule(done):
+        return 0.5 + 0.5 * math.cos(math.pi * done)
+
     fit(model, draw, loss, steps=STEPS, lr=2e-3, seed=seed, schedule=schedule, desc=name)
     # Half precision on disk: what it rounds off is far below what training leaves open.
     store.write(name, "base", model.state_dict(), torch.float16)

@@ -66,7 +66,10 @@ def test_the_gradient_passes_straight_to_theta():
     }  # fmt: skip
     b = a | {"layers.0.weight": torch.tensor([[1.0, 0.5], [0.5, 1.0]])}
     wanted = torch.tensor([[0.75, 0.5], [0.5, 0.75]])  # ½(A + swapped B)
-    loss = lambda w, _: ((w["layers.0.weight"] - wanted) ** 2).sum()  # noqa: E731
+
+    def loss(w, _):
+        return ((w["layers.0.weight"] - wanted) ** 2).sum()
+
     assert weight_matching(spec, a, b)["layers.0"].tolist() == [0, 1]
     found = straight_through(spec, a, b, loss, [None], steps=60, lr=0.3, momentum=0.0, progress=False)
     assert found["layers.0"].tolist() == [1, 0]

@@ -65,7 +65,10 @@ def test_kinds_of_groups():
 
 def test_zip_view_orders_units_by_group():
     spec, model, twin, _ = pair(lambda: MLP([64, 12, 8, 5]))
-    score = lambda weights: {str(i): w["layers.0.bias"].sum().item() for i, w in enumerate(weights)}  # noqa: E731
+
+    def score(weights):
+        return {str(i): w["layers.0.bias"].sum().item() for i, w in enumerate(weights)}
+
     view = zip_view(spec, (model, twin), [X], score, depth=2, layer=7)
     assert view.perm == "layers.1"
     assert view.correlation.shape == (16, 16)

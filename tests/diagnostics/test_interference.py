@@ -136,7 +136,10 @@ def test_owners_by_hand():
 
 def test_tall_view_takes_any_score_with_tasks():
     base, experts = {"w": torch.zeros(2)}, [{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}]
-    score = lambda weights: Score({"a": float(weights["w"][0]), "b": float(weights["w"][1])})  # noqa: E731
+
+    def score(weights):
+        return Score({"a": float(weights["w"][0]), "b": float(weights["w"][1])})
+
     view = tall_view(base, experts, score, scale=0.5)
     assert view.masked.tolist() == view.own.tolist() == [1, 1]
     assert view.unmasked.tolist() == [0.5, 0.5]

@@ -33,7 +33,10 @@ def nearness(weights):
 def coefficients(steps=7):
     experts = [odd_weights(seed) for seed in (1, 2)]
     path = adamerging_path(odd_weights(0), experts, model=Odd(), batches=odd_data(), steps=steps, lr=0.05)
-    score = lambda weights: float(weights["weight"].sum())  # noqa: E731
+
+    def score(weights):
+        return float(weights["weight"].sum())
+
     return record_coefficients(path, score, names=["one", "two"], every=3)
 
 
@@ -41,7 +44,10 @@ def evolution(evals=40, **how):
     base = {"w": torch.zeros(30)}
     halves = torch.full((2, 30), 0.01)
     halves[0, :15] = halves[1, 15:] = 1.0
-    score = lambda weights: (weights["w"] > 0.5).float()  # noqa: E731
+
+    def score(weights):
+        return (weights["w"] > 0.5).float()
+
     archive = NicheArchive(base, [{"w": row} for row in halves], score_points=score, pop_size=5, **how)
     labels = torch.arange(30) % 3
     return record_evolution(archive, evals, labels=labels, every=9, test=lambda weights: float(score(weights).mean()))

@@ -18,7 +18,10 @@ from notebook_kit.merging import isotropic
 
 def models(count=2, shape=(6, 8)):
     g = torch.Generator().manual_seed(0)
-    draw = lambda: {"w": torch.randn(*shape, generator=g), "b": torch.randn(3, generator=g)}  # noqa: E731
+
+    def draw():
+        return {"w": torch.randn(*shape, generator=g), "b": torch.randn(3, generator=g)}
+
     return draw(), [draw() for _ in range(count)]
 
 

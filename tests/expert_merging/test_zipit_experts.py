@@ -50,7 +50,10 @@ def test_an_expert_with_doubled_units_keeps_its_function_where_means_would_not()
     places = torch.stack([torch.arange(6) % 3, order % 3])
     gate, up, down = merge_units([twice, other], (0.5, 0.5), places)
     x = torch.randn(7, 4)
-    run = lambda g, u, d: (nn.functional.silu(x @ g.T) * (x @ u.T)) @ d.T  # noqa: E731
+
+    def run(g, u, d):
+        return (nn.functional.silu(x @ g.T) * (x @ u.T)) @ d.T
+
     torch.testing.assert_close(run(gate, up, down), run(*twice.values()))
 
 

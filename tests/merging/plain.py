@@ -17,7 +17,10 @@ def trim(tau: Tensor, density: float) -> Tensor:
 def ties(base, experts, *, density=0.2, scale=1.0, scope="model", elect="mass", combine="mean", weights=None):
     keys = list(base)
     sizes = [base[key].numel() for key in keys]
-    flat = lambda weights: torch.cat([weights[key].reshape(-1).double() for key in keys])  # noqa: E731
+
+    def flat(weights):
+        return torch.cat([weights[key].reshape(-1).double() for key in keys])
+
     theta_0 = flat({key: tensor.float() for key, tensor in base.items()})
     rows = []
     for expert in experts:

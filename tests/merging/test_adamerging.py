@@ -171,7 +171,10 @@ def test_files_merge_as_the_whole_model_does(tmp_path):
 # ---------------------------------------------------------------- what it refuses
 def test_bad_input_is_named():
     base, experts, data = odd_weights(0), experts_of(2), odd_data()
-    go = lambda **how: adamerging(base, experts, **({"model": Odd(), "batches": data, "steps": 1} | how))  # noqa: E731
+
+    def go(**how):
+        return adamerging(base, experts, **({"model": Odd(), "batches": data, "steps": 1} | how))
+
     with pytest.raises(IncompatibleWeights, match="in base but not in experts"):
         adamerging(base, [{"weight": base["weight"]}], model=Odd(), batches=data)
     with pytest.raises(ValueError, match=r"tensor 'weight' of base is not in the model \(Point\)"):

@@ -24,15 +24,17 @@ def loss_of(taus, lambdas, moved):
 
 
 def models(count=3, shape=(8, 6), dtype=torch.float32):
-    build = lambda seed: {  # noqa: E731
-        "w": random(seed, *shape).to(dtype),
-        "v": random(seed + 9, 6, 8).to(dtype),
-        "embed_tokens.weight": random(seed + 5, 4, 4).to(dtype),
-        "b": random(seed, 8).to(dtype),
-        "s": torch.tensor(1.0 + seed).to(dtype),
-        "e": torch.zeros(0, 2, dtype=dtype),
-        "i": torch.tensor([seed]),
-    }
+    def build(seed):
+        return {
+            "w": random(seed, *shape).to(dtype),
+            "v": random(seed + 9, 6, 8).to(dtype),
+            "embed_tokens.weight": random(seed + 5, 4, 4).to(dtype),
+            "b": random(seed, 8).to(dtype),
+            "s": torch.tensor(1.0 + seed).to(dtype),
+            "e": torch.zeros(0, 2, dtype=dtype),
+            "i": torch.tensor([seed]),
+        }
+
     return build(0), [build(i) for i in range(1, count + 1)]
 
 

@@ -99,7 +99,10 @@ def test_of_all_masks_of_its_size_it_has_the_smallest_loss():
     delta, v = torch.randn(8, generator=g), torch.rand(8, generator=g)
     for kept in range(9):
         ours = graft(delta.tolist(), v.tolist(), density=kept / 8)
-        loss = lambda theta: float(0.5 * (v * (theta - delta).square()).sum())  # noqa: E731
+
+        def loss(theta):
+            return float(0.5 * (v * (theta - delta).square()).sum())
+
         best = min(
             loss(torch.zeros(8).index_put((torch.tensor(m, dtype=torch.long),), delta[list(m)]))
             for m in itertools.combinations(range(8), kept)
@@ -192,7 +195,10 @@ def test_what_does_not_fit_is_named():
 def test_the_smallest_density_that_will_do():
     base, expert = {"w": torch.zeros(10)}, {"w": torch.ones(10)}
     v = {"w": torch.tensor([8.0, 4, 2, 1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])}
-    score = lambda merged: float((v["w"] * merged["w"]).sum() / v["w"].sum())  # noqa: E731
+
+    def score(merged):
+        return float((v["w"] * merged["w"]).sum() / v["w"].sum())
+
     found = graft_density(base, expert, moments=v, score=score, tolerance=0.11, densities=(0.5, 0.1, 0.3, 0.2))
     assert (found.density, found.score) == (0.3, pytest.approx(14 / 15.6))
     assert [density for density, _ in found.trials] == [0.1, 0.2, 0.3]
@@ -256,7 +262,10 @@ def test_squared_gradients_after_the_fact():
     extra = nn.Parameter(torch.ones(2))
     net.register_parameter("extra", extra)
     batches = [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0])) for _ in range(3)]
-    loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
     seen = squared_gradients(net, iter(batches), loss)
     assert net[1].training
     net.eval()

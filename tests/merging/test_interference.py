@@ -42,7 +42,10 @@ every = pytest.mark.parametrize(("fn", "kwargs"), CASES, ids=NAMES)
 
 def model(seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(shape, generator=g).to(dtype)  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g).to(dtype)
+
     weights = {"layer.weight": draw(6, 5), "bias": draw(7), "scalar": draw(), "conv": draw(3, 2, 2, 2)}
     return {**weights, "empty": torch.zeros(0, 3, dtype=dtype), "steps": torch.tensor([seed, 7])}
 
@@ -73,7 +76,10 @@ def test_the_result_looks_like_base_and_inputs_stay(fn, kwargs, dtype):
 @every
 def test_low_precision_is_rounded_once_at_the_end(fn, kwargs):
     base, experts = model(dtype=torch.bfloat16), experts_of(2, torch.bfloat16)
-    widen = lambda weights: {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}  # noqa: E731
+
+    def widen(weights):
+        return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+
     wide, merged = fn(widen(base), [widen(e) for e in experts], **kwargs), fn(base, experts, **kwargs)
     for key in ("layer.weight", "bias", "scalar", "conv"):
         assert torch.equal(merged[key], wide[key].bfloat16())

@@ -27,7 +27,10 @@ def plain_cts(taus, common):
         us.append(a[:, :d]), ss.append(b[:d]), vs.append(c[:d])
     u_all = torch.cat([*us, u[:, :n_common]], 1)
     v_all = torch.cat([*vs, vh[:n_common]])
-    turn = lambda x: (lambda p: p[0] @ p[2])(torch.linalg.svd(x, full_matrices=False))  # noqa: E731
+
+    def turn(x):
+        return (lambda p: p[0] @ p[2])(torch.linalg.svd(x, full_matrices=False))
+
     return torch.cat([*ss, s[:n_common]]).mean() * turn(u_all) @ turn(v_all)
 
 

@@ -16,14 +16,17 @@ def random(seed, *shape):
 
 def models(count, *, dtype=torch.float32, shape=(6, 9)):
     """A base and experts of a matrix, a vector, a scalar, an empty tensor and an integer."""
-    build = lambda seed: {  # noqa: E731
-        "w": random(seed, *shape).to(dtype),
-        "embed_tokens.weight": random(seed + 50, 5, 4).to(dtype),
-        "b": random(seed + 99, 6).to(dtype),
-        "s": torch.tensor(float(seed)).to(dtype),
-        "e": torch.zeros(0, 3, dtype=dtype),
-        "i": torch.tensor([seed]),
-    }
+
+    def build(seed):
+        return {
+            "w": random(seed, *shape).to(dtype),
+            "embed_tokens.weight": random(seed + 50, 5, 4).to(dtype),
+            "b": random(seed + 99, 6).to(dtype),
+            "s": torch.tensor(float(seed)).to(dtype),
+            "e": torch.zeros(0, 3, dtype=dtype),
+            "i": torch.tensor([seed]),
+        }
+
     return build(0), [build(i) for i in range(1, count + 1)]
 
 
@@ -180,7 +183,10 @@ def test_other_precisions(dtype):
     base, experts = models(3, dtype=dtype)
     merged = opcm(base, experts)
     assert all(merged[name].dtype == base[name].dtype and merged[name].shape == base[name].shape for name in base)
-    wide = lambda weights: {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}  # noqa: E731
+
+    def wide(weights):
+        return {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
+
     reference = opcm(wide(base), [wide(expert) for expert in experts])
     for name in ("w", "b"):
         torch.testing.assert_close(merged[name].float(), reference[name], rtol=2e-2, atol=2e-2)

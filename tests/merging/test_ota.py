@@ -97,7 +97,10 @@ def test_it_is_the_weighted_least_squares_minimum():
     g = torch.Generator().manual_seed(0)
     delta, v = torch.randn(3, 6, generator=g), torch.rand(3, 6, generator=g)
     ours = merged(delta.tolist(), v.tolist(), density=1.0)
-    loss = lambda theta: float((v.sqrt() * (theta - delta).square()).sum())  # noqa: E731
+
+    def loss(theta):
+        return float((v.sqrt() * (theta - delta).square()).sum())
+
     assert all(loss(ours) < loss(ours + 0.01 * torch.randn(6, generator=g)) for _ in range(20))
 
 
@@ -154,11 +157,17 @@ def test_rescaling_gives_each_tensor_its_norm_back():
     v = {key: torch.rand(t.shape, generator=g) for key, t in base.items()}
     result = ota(base, [expert], moments=[v], density=0.3, rescale=True)
     (mask,) = graft_masks(base, [expert], moments=[v], density=0.3)
-    spectral = lambda t: torch.linalg.matrix_norm(t.reshape(len(t), -1), ord=2)  # noqa: E731
+
+    def spectral(t):
+        return torch.linalg.matrix_norm(t.reshape(len(t), -1), ord=2)
+
     close(spectral(result["m"]), spectral(expert["m"]))
     close(spectral(result["k"]), spectral(expert["k"]))
     close(result["b"].norm(), expert["b"].norm())
-    longest = lambda t: t.norm(dim=0).max()  # noqa: E731
+
+    def longest(t):
+        return t.norm(dim=0).max()
+
     close(longest(result["model.embed_tokens.weight"]), longest(expert["model.embed_tokens.weight"]))
     for key in base:
         assert (result[key][~mask[key]] == 0).all()

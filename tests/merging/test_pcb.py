@@ -20,7 +20,10 @@ FORMS = {"intra": ["exp", "softmax", "none"], "inter": ["sum", "votes", "pairwis
 def rows_of(seed, n_experts=3, d=60):
     g = torch.Generator().manual_seed(seed)
     base = {"a": torch.randn(d // 3, generator=g), "b": torch.randn(2, d // 3, generator=g)}
-    draw = lambda: {key: t + torch.randn(t.shape, generator=g) for key, t in base.items()}  # noqa: E731
+
+    def draw():
+        return {key: t + torch.randn(t.shape, generator=g) for key, t in base.items()}
+
     return base, [draw() for _ in range(n_experts)]
 
 

@@ -13,7 +13,12 @@ from notebook_kit.models import MLP, tiny_bert, tiny_gpt2, tiny_llama
 from tests.untyped import untyped
 
 close = torch.testing.assert_close
-diag = lambda *values: torch.tensor(values).diag()  # noqa: E731
+
+
+def diag(*values):
+    return torch.tensor(values).diag()
+
+
 IDS = torch.randint(0, 256, (2, 6), generator=torch.Generator().manual_seed(2))
 
 
@@ -65,7 +70,10 @@ def test_it_is_the_least_squares_solution():
 
 def test_no_weight_fits_the_experts_outputs_better():
     W, X = problem(1)
-    loss = lambda w: sum(float((x @ (v - w).T).square().mean()) for x, v in zip(X, W, strict=True))  # noqa: E731
+
+    def loss(w):
+        return sum(float((x @ (v - w).T).square().mean()) for x, v in zip(X, W, strict=True))
+
     best = merged(W, [x.T @ x / len(x) for x in X], alpha=1.0)
     g = torch.Generator().manual_seed(0)
     assert all(loss(best) < loss(best + 0.01 * torch.randn(2, 4, generator=g)) for _ in range(20))

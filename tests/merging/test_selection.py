@@ -16,7 +16,10 @@ def test_it_is_exact_however_it_is_sampled(seed, d, integers, data):
     values = torch.randint(-5, 6, (d,), generator=g).float() if integers else torch.randn(d, generator=g)
     ks = data.draw(st.lists(st.integers(1, d), min_size=1, max_size=3))
     walks = []
-    pieces = lambda: walks.append(1) or iter(values.split(50))  # noqa: E731
+
+    def pieces():
+        return walks.append(1) or iter(values.split(50))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "SAMPLE", 16)
         found = kth_largest(pieces, d, ks)

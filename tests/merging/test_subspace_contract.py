@@ -34,7 +34,10 @@ FLOATS = ("layer.weight", "thin.weight", "mlp.experts.up", "scalar", "bias")
 
 def model(dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(shape, generator=g).to(dtype)  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g).to(dtype)
+
     return {
         "layer.weight": draw(6, 4),
         "thin.weight": draw(1, 5),
@@ -74,7 +77,10 @@ def test_the_result_looks_like_base_and_inputs_stay(merge, dtype, count):
 @every
 def test_low_precision_is_rounded_once_at_the_end(merge):
     base, experts = model(torch.bfloat16), experts_of(2, torch.bfloat16)
-    wide = lambda weights: {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}  # noqa: E731
+
+    def wide(weights):
+        return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+
     merged, reference = merge(base, experts), merge(wide(base), [wide(expert) for expert in experts])
     for key in FLOATS:
         assert torch.equal(merged[key], reference[key].bfloat16())

@@ -26,8 +26,13 @@ PAIR = [{"w": torch.tensor([2.0, 0.5, 0])}, {"w": torch.tensor([0.1, 0.5, 1])}]
 
 def models(seed=0, n_experts=3):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
-    make = lambda: {"a": draw(5, 7), "b": draw(9), "s": draw(), "e": torch.zeros(0, 2), "n": torch.tensor([3])}  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g)
+
+    def make():
+        return {"a": draw(5, 7), "b": draw(9), "s": draw(), "e": torch.zeros(0, 2), "n": torch.tensor([3])}
+
     base = make()
     experts = [make() for _ in range(n_experts)]
     return base, experts
@@ -162,7 +167,9 @@ def test_names_and_places():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(dtype):
-    cast = lambda weights: {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}  # noqa: E731
+    def cast(weights):
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+
     base, experts = models(10)
     masked = tall_masks(cast(base), [cast(expert) for expert in experts])
     back = masked.expert(0)

@@ -223,7 +223,10 @@ def test_properties(count, density, seed):
     g = torch.Generator().manual_seed(seed)
     base = {"a": torch.randn(3, 5, generator=g), "b": torch.randn(4, generator=g)}
     experts = [{key: t + torch.randn(t.shape, generator=g) for key, t in base.items()} for _ in range(count)]
-    flat = lambda weights: torch.cat([weights[k].reshape(-1) - base[k].reshape(-1) for k in base])  # noqa: E731
+
+    def flat(weights):
+        return torch.cat([weights[k].reshape(-1) - base[k].reshape(-1) for k in base])
+
     tau = torch.stack([flat(expert) for expert in experts])
     kept = torch.stack([plain.trim(row, density) for row in tau])
     star = flat(ties(base, experts, density=density))
@@ -248,9 +251,14 @@ def test_chunks_and_brackets_change_nothing(scope, elect, combine, integers, sma
     g = torch.Generator().manual_seed(1)
     shapes = {"a": (13, 9), "b": (5,), "empty": (0,), "c": (), "d": (40, 11)}
     if integers:  # equal magnitudes and even votes everywhere
-        draw = lambda shape: torch.randint(-5, 6, shape, generator=g).float()  # noqa: E731
+
+        def draw(shape):
+            return torch.randint(-5, 6, shape, generator=g).float()
     else:
-        draw = lambda shape: torch.randn(shape, generator=g)  # noqa: E731
+
+        def draw(shape):
+            return torch.randn(shape, generator=g)
+
     base = {key: torch.zeros(shape) for key, shape in shapes.items()}
     experts = [{key: draw(shape) for key, shape in shapes.items()} for _ in range(4)]
     for density, weights in ((0.2, None), (0.7, [1.0, 2.0, 0.5, 1.0])):

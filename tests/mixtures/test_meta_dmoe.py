@@ -102,7 +102,10 @@ def test_the_aggregator_learns_through_the_step_only(first_order):
 def test_second_order_gradient_against_finite_differences():
     model = made(dtype=torch.float64, inner_lr=1.0)
     weight = model.student.layers[0].weight
-    loss = lambda: model.episode_loss(X[:6].double(), X[6:].double(), Y[6:], expert=1)  # noqa: E731
+
+    def loss():
+        return model.episode_loss(X[:6].double(), X[6:].double(), Y[6:], expert=1)
+
     (gradient,) = torch.autograd.grad(loss(), weight)
     with torch.no_grad():
         weight[2, 3] += 1e-5

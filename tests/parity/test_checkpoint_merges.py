@@ -27,7 +27,10 @@ SHAPES = {"embed": (17, 8), "mlp.weight": (12, 8), "mlp.bias": (12,), "deep": (3
 def random_models():
     base = {key: torch.randn(shape) for key, shape in SHAPES.items()}
     common = {key: torch.randn(shape) for key, shape in SHAPES.items()}
-    noise = lambda key: common[key] + torch.randn(SHAPES[key])  # noqa: E731
+
+    def noise(key):
+        return common[key] + torch.randn(SHAPES[key])
+
     return base, [{key: base[key] + 0.3 * noise(key) for key in base} for _ in range(3)]
 
 
@@ -88,7 +91,10 @@ def test_model_stock_is_mergekits(models, scope):
         # mergekit's rows of a kernel lie along its last axis; and it lifts products of two lengths to 1e-6, so that
         # where rows hardly moved it and we mean different angles.
         taus = [task_vector(base, expert) for expert in experts]
-        shortest = lambda key: min(float(tau[key].norm(dim=-1).min()) for tau in taus)  # noqa: E731
+
+        def shortest(key):
+            return min(float(tau[key].norm(dim=-1).min()) for tau in taus)
+
         keys = [key for key, tensor in base.items() if tensor.ndim < 3 and shortest(key) > 2e-3]
     assert keys
     ours = model_stock(base, experts, scope=scope, clamp=False)
@@ -152,7 +158,10 @@ def peft_states(checkpoints):
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["up", "down"])
     model = peft.get_peft_model(fresh(), config)
     prefix, words = "base_model.model.", {"A": "lora_A.weight", "B": "lora_B.weight"}
-    rename = lambda key: f"{prefix}{key[:-1]}{words[key[-1]]}"  # noqa: E731
+
+    def rename(key):
+        return f"{prefix}{key[:-1]}{words[key[-1]]}"
+
     states = [{rename(key): tensor for key, tensor in checkpoint.items()} for checkpoint in checkpoints]
     assert states[0].keys() == peft.get_peft_model_state_dict(model).keys()
     return peft, model, states
@@ -191,7 +200,10 @@ def test_products_are_pefts_cat(checkpoints, tmp_path):
         model.add_adapter(name, config)
         peft.set_peft_model_state_dict(model, states[0], adapter_name=name)
     model.add_weighted_adapter(copies, [1 / 3] * 3, "linear", combination_type="linear")
-    delta = lambda name: model.base_model.model.up.get_delta_weight(name)  # noqa: E731
+
+    def delta(name):
+        return model.base_model.model.up.get_delta_weight(name)
+
     torch.testing.assert_close(delta("linear"), 3 * delta("c0"), rtol=1e-4, atol=1e-5)
     same = average(checkpoints[0], [checkpoints[0]] * 3)
     torch.testing.assert_close(product_of_pairs([same], scale=3.0)["up"], delta("c0"), rtol=1e-4, atol=1e-5)

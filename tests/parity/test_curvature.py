@@ -86,7 +86,10 @@ def test_regmean_of_trained_experts_is_numpys_least_squares():
     W = [e["layers.0.weight"].double().numpy() for e in bed.experts]
     rows, target = np.concatenate(inputs), np.concatenate([x @ w.T for x, w in zip(inputs, W, strict=True)])
     expected = np.linalg.lstsq(rows, target, rcond=None)[0].T
-    loss = lambda w: float(np.square(rows @ w.T - target).mean())  # noqa: E731
+
+    def loss(w):
+        return float(np.square(rows @ w.T - target).mean())
+
     assert loss(ours) <= loss(expected) * (1 + 1e-4)
     close(torch.tensor(rows @ ours.T), torch.tensor(rows @ expected.T), rtol=1e-3, atol=1e-3)
 
@@ -116,7 +119,10 @@ def test_squared_gradients_are_what_adam_would_gather_at_a_standstill():
     model = nn.Linear(4, 3)
     x, y = torch.randn(64, 4), torch.randint(0, 3, (64,))
     batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8)]
-    loss = lambda m, batch: F.cross_entropy(m(batch[0]), batch[1])  # noqa: E731
+
+    def loss(m, batch):
+        return F.cross_entropy(m(batch[0]), batch[1])
+
     seen = squared_gradients(model, batches, loss)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, 0.999))
     for _ in range(5):

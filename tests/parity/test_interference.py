@@ -29,7 +29,10 @@ def language_models():
     """One layer; shaken a little, since weights shipped in half precision have many equal magnitudes and even votes."""
     bed = language_experts()
     names = [key for key in bed.base if "layers.0" in key]
-    shake = lambda t: t * (1 + 1e-3 * torch.randn(t.shape))  # noqa: E731
+
+    def shake(t):
+        return t * (1 + 1e-3 * torch.randn(t.shape))
+
     return tuple({key: shake(weights[key]) for key in names} for weights in (bed.base, *bed.experts[:3]))
 
 
@@ -80,7 +83,10 @@ def by_mergekit(module, base, experts, sparsify, *, consensus=None, normalize=Fa
 @pytest.fixture
 def same_numbers(monkeypatch):
     """Both draw from one fixed sequence, so that both keep the same entries."""
-    sequence = lambda shape: (torch.arange(torch.Size(shape).numel()) * 0.618034 % 1).reshape(shape)  # noqa: E731
+
+    def sequence(shape):
+        return (torch.arange(torch.Size(shape).numel()) * 0.618034 % 1).reshape(shape)
+
     monkeypatch.setattr(torch, "rand", lambda shape, **_: sequence(shape))
     monkeypatch.setattr(torch, "bernoulli", lambda p, **_: (sequence(p.shape) < p).to(p.dtype))
 

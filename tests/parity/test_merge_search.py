@@ -85,7 +85,10 @@ def test_adamerging_on_trained_weights_starts_at_task_arithmetic_or_at_ties():
 def plain_frank_wolfe(base, experts, x, y, steps, layer_wise):
     """A linear classifier with the gradient worked out by hand, in numpy."""
     names = ["weight", "bias"]
-    get = lambda weights: [weights[name].double().numpy() for name in names]  # noqa: E731
+
+    def get(weights):
+        return [weights[name].double().numpy() for name in names]
+
     vertices = [get(expert) for expert in experts]
     theta = [t.copy() for t in get(base)]
     vertices.append([t.copy() for t in theta])

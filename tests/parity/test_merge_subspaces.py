@@ -60,7 +60,10 @@ def by_tensor(base, experts, rule, treated):
 
 def opcm_of(base, experts, alpha):
     """The official loop: scale, unscale and scale again at every step, with λ kept beside."""
-    flat = lambda one: torch.cat([(one[k].double() - base[k].double()).reshape(-1) for k in base]).norm()  # noqa: E731
+
+    def flat(one):
+        return torch.cat([(one[k].double() - base[k].double()).reshape(-1) for k in base]).norm()
+
     merged, lam, norms = {k: v.double() for k, v in experts[0].items()}, 1.0, [flat(experts[0])]
     treated = matrix_names(base, "linear")
     for expert in experts[1:]:
@@ -125,7 +128,10 @@ def close(ours, reference, base, tolerance=1e-4):
 def random_models(count=3):
     g = torch.Generator().manual_seed(0)
     shapes = {"square.weight": (24, 24), "wide.weight": (16, 40), "tall.weight": (40, 16), "bias": (24,)}
-    build = lambda size: {k: size * torch.randn(s, generator=g) for k, s in shapes.items()}  # noqa: E731
+
+    def build(size):
+        return {k: size * torch.randn(s, generator=g) for k, s in shapes.items()}
+
     base = build(1.0)
     return base, [{k: base[k] + change for k, change in build(0.1).items()} for _ in range(count)]
 

@@ -135,7 +135,10 @@ def test_ranking_losses_against_loops(normalize):
     a, b = torch.randn(2, 6, 5)
     unit = (lambda v: v / v.norm()) if normalize else (lambda v: v)
     s = [[3.0 * float(unit(a[i]) @ unit(b[j])) for j in range(6)] for i in range(6)]
-    ce = lambda row, target: math.log(sum(math.exp(v) for v in row)) - row[target]  # noqa: E731
+
+    def ce(row, target):
+        return math.log(sum(math.exp(v) for v in row)) - row[target]
+
     plain = sum(ce(s[i], i) for i in range(6)) / 6
     assert mnr_loss(a, b, scale=3.0, normalize=normalize).item() == pytest.approx(plain, rel=1e-4)
     t = [[0.5 * float(unit(a[i]) @ unit(a[j]) + unit(b[i]) @ unit(b[j])) for j in range(6)] for i in range(6)]

@@ -26,7 +26,10 @@ def test_it_learned_and_did_not_only_remember(kind):
     torch.manual_seed(0)
     new = diffusion_model(kind).eval()
     few = {split: {d: (x[:12], y[:12]) for d, (x, y) in digit_batches(split).items()} for split in ("train", "test")}
-    mean = lambda model, split: sum(flow_score(model, None, few[split]).values()) / 10  # noqa: E731
+
+    def mean(model, split):
+        return sum(flow_score(model, None, few[split]).values()) / 10
+
     assert mean(model, "test") > mean(new, "test") / 2
     assert mean(model, "train") - mean(model, "test") < 0.1
 
