@@ -83,24 +83,36 @@ def routers_of(d_model: int, k: int) -> dict:
 
 
 def overhead(k: int) -> None:
-    """Every router's decision on the same logits."""
-    z, ids = torch.randn(TOKENS, EXPERTS), torch.randint(0, 256, (TOKENS,))
-    routers = routers_of(1, k)
+    """Every router's decision on the same logits, with some experts asked for more than others.
+
+    `of its like` is the ratio to a bare softmax and top-k of as many columns and picks as the router decides on.
+    """
+    z, ids = torch.randn(TOKENS, EXPERTS) + 0.5 * torch.randn(EXPERTS), torch.randint(0, 256, (TOKENS,))
+    wide = torch.cat([z, torch.randn(TOKENS, EXPERTS)], 1)  # what null experts decide on
     functions = {"bare softmax and top-k": lambda: z.softmax(1).topk(k, dim=1)}
-    wide = torch.randn(TOKENS, 2 * EXPERTS)  # what null experts decide on
-    for name, router in routers.items():
+    likes = {}
+
+    def like(name: str, bare) -> None:
+        likes[name] = f"bare, as {name}"
+        functions[likes[name]] = bare
+
+    for name, router in routers_of(1, k).items():
         scores = wide if isinstance(router, NullExperts) else z
         functions[name] = lambda router=router, scores=scores: router.route(scores)
+        picks = router.route(scores).experts.shape[1]
+        if isinstance(router, ExpertChoice):
+            like(name, lambda: z.softmax(1).topk(k * TOKENS // EXPERTS, dim=0))
+        elif picks > k or scores is wide:
+            like(name, lambda scores=scores, picks=picks: scores.softmax(1).topk(picks, dim=1))
     if k == 1:
         known = {"hash": HashRouter(1, EXPERTS), "stable, stage 1": StableMoE(1, EXPERTS)}
         known["stable, evaluation"] = StableMoE(1, EXPERTS).eval()
         functions |= {name: lambda router=router: router.route(z, tokens=ids) for name, router in known.items()}
     print(f"decisions: {TOKENS} tokens, {EXPERTS} experts, k={k}")
-    report(alternate(functions), "bare softmax and top-k")
-    if k > 1:
-        columns = {"bare softmax and column top-k": lambda: z.softmax(1).topk(k * TOKENS // EXPERTS, dim=0)}
-        columns["expert choice"] = lambda router=routers["expert choice"]: router.route(z)
-        report(alternate(columns), "bare softmax and column top-k")
+    ms = alternate(functions)
+    for name, value in ms.items():
+        own = f"   of its like {value / ms[likes[name]]:5.2f}" if name in likes else ""
+        print(f"  {name:34} {value:9.2f} ms   ratio {value / ms['bare softmax and top-k']:6.2f}{own}")
 
 
 def whole_call(k: int) -> None:

@@ -59,6 +59,7 @@ class BalancedAssignment(Router):
             logits: affinities a.
             mask: True for real tokens.
         """
+        self.check_logits(logits, mask)
         refuse_nan(logits, "the router's logits")
         a = logits.float()
         if self.training or self.evaluation == "balanced":

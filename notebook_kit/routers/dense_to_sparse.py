@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
-from notebook_kit.routers._claims import top_k
+from notebook_kit.routers._claims import best_first, top_k
 from notebook_kit.routers.router import Router
 from notebook_kit.routers.temperature_schedule import temperature_schedule
 from notebook_kit.routing import Routing
@@ -119,23 +119,23 @@ class DenseToSparse(Router):
             mask: True for real tokens.
             noise: G, from `gumbel_noise`; None is no noise.
         """
+        self.check_logits(logits, mask)
         z = logits.float()
         p = z.softmax(1)
+        gates, single = p, self.hard
         if not self.training and self.evaluation == "top-1":
-            gates, counts = p, None
+            single = True
         else:
             h = (z if noise is None else z + noise) / self.temperature
             # No gate below e^-80 / N: threshold 0 stays dense, and subnormal numbers would make softmax much slower.
             gates = (h - h.detach().amax(1, keepdim=True)).clamp_min(-80.0).softmax(1)
-            counts = None if self.hard else (gates > self.threshold).sum(1).clamp_min(1)
-        most = 1 if counts is None else max(int(counts.max()), 1) if len(z) else 1
-        experts = top_k(gates.detach(), most)  # the active ones are the first of a falling order
-        weights = (gates if self.gumbel_weights and gates is not p else p).gather(1, experts)
-        if counts is not None and most > 1:
-            used = torch.arange(most, device=z.device) < counts[:, None]
-            weights, experts = weights * used, experts.where(used, -1)
+        experts = best = top_k(gates.detach(), 1)
+        if not single:
+            active = (gates.detach() > self.threshold).scatter_(1, best, True)
+            experts = best_first(active, gates.detach())
         if mask is not None:
-            weights, experts = weights * mask[:, None], experts.where(mask[:, None], -1)
+            experts = experts.where(mask[:, None], -1)
+        weights = (gates if self.gumbel_weights else p).gather(1, experts.clamp_min(0)) * (experts >= 0)
         return Routing(logits, gates, weights, experts, self.balance_coef * balance(weights, experts, z.shape[1], mask))
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Range
-from notebook_kit.routers._claims import capacity, top_k
+from notebook_kit.routers._claims import best_first, capacity
 from notebook_kit.routers.router import Router
 from notebook_kit.routing import Routing
 
@@ -52,17 +52,15 @@ class ExpertChoice(Router):
             logits: z.
             mask: True for real tokens.
         """
+        self.check_logits(logits, mask)
         p = logits.float().softmax(1)
         offered = p.detach() if mask is None else p.detach().masked_fill(~mask[:, None], -1)
         n_tokens = len(p) if mask is None else int(mask.sum())
         taken = _best_tokens(offered, capacity(n_tokens, self.n_experts, self.k, 1.0))
-        k_max = max(int(taken.sum(1).max()), 1) if n_tokens else 1
-        # Others stand behind, each with another number: equal ones would have to be sorted.
-        others = torch.arange(-1, -1 - self.n_experts, -1, device=p.device, dtype=p.dtype)
-        experts = top_k(torch.where(taken, p.detach(), others), k_max)
-        unused = ~taken.gather(1, experts)
-        weights = p.gather(1, experts).masked_fill(unused, 0)
-        return Routing(logits, p, weights, experts.masked_fill(unused, -1), p.new_zeros(()))
+        experts = best_first(taken, p.detach())
+        unused = experts < 0
+        weights = p.gather(1, experts.clamp_min(0)).masked_fill(unused, 0)
+        return Routing(logits, p, weights, experts, p.new_zeros(()))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}"

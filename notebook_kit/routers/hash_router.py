@@ -126,6 +126,7 @@ class HashRouter(Router):
             tokens: ids, [tokens] (one sequence) or [sequences, length].
             previous: the id before each token, -1 for none; read by bigrams only. None: that of `tokens`.
         """
+        self.check_logits(logits, mask)
         ids = self.check_tokens(tokens, len(logits), self.vocab_size, mask)
         if self.kind == "bigram":
             if previous is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def random_table(vocab_size: int, n_experts: int, seed: int = 0) -> Int[Tensor, " ids"]:
     """Draw an expert for every id."""
-    return torch.randint(n_experts, (vocab_size,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(n_experts, (vocab_size,), generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def balanced_table(counts: Int[Tensor, " ids"], n_experts: int) -> Int[Tensor, " ids"]:
@@ -42,7 +42,7 @@ def clustered_table(embeddings: Float[Tensor, "ids d"], n_experts: int, seed: in
     """
     x = embeddings.detach().float()
     generator = torch.Generator().manual_seed(seed)
-    centres = x[torch.randperm(len(x), generator=generator)[torch.arange(n_experts) % len(x)]]
+    centres = x[torch.randperm(len(x), generator=generator, device="cpu")[torch.arange(n_experts) % len(x)]]
     for _ in range(25):
         table = torch.cdist(x, centres).argmin(1)
         counts = torch.bincount(table, minlength=n_experts)
@@ -61,5 +61,5 @@ def dispersed_table(embeddings: Float[Tensor, "ids d"], n_experts: int, seed: in
     """
     by_cluster = clustered_table(embeddings, n_experts, seed).sort(stable=True).indices
     table = torch.empty_like(by_cluster)
-    table[by_cluster] = torch.arange(len(by_cluster)) % n_experts
+    table[by_cluster] = torch.arange(len(by_cluster), device=table.device) % n_experts
     return table

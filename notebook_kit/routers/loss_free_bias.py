@@ -115,6 +115,7 @@ class LossFreeBias(Router):
             logits: z.
             mask: True for real tokens.
         """
+        self.check_logits(logits, mask)
         z = logits.float()
         s = z.sigmoid() if self.scores == "sigmoid" else z.softmax(1)
         experts = self._pick(s.detach() + self.bias)

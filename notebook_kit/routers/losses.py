@@ -53,7 +53,7 @@ def z_loss(
     Args:
         logits: z.
         mask: True for real tokens.
-        normalizer: logsumexp z, where it is known already: z_i - log p_i, for whichever i.
+        normalizer: logsumexp z, where it is known already (`log_normalizer`).
 
     Returns:
         Scalar; multiply by a coefficient such as 0.001.
@@ -63,6 +63,22 @@ def z_loss(
     normalizer = logits.float().logsumexp(1) if normalizer is None else normalizer
     normalizer = normalizer if mask is None else normalizer[mask]
     return normalizer.square().sum() / max(len(normalizer), 1)
+
+
+def log_normalizer(
+    logits: Float[Tensor, "tokens experts"],
+    probs: Float[Tensor, "tokens experts"],
+    experts: Int[Tensor, "tokens k"],
+) -> Float[Tensor, " tokens"]:
+    """logsumexp z, from one probability that is known already: z_i - log p_i.
+
+    Args:
+        logits: z.
+        probs: softmax of z.
+        experts: the first column is read; take the most probable, which is not 0.
+    """
+    best = experts[:, :1]
+    return (logits.gather(1, best) - probs.gather(1, best).log()).squeeze(1)
 
 
 @method(family="routers", paper="sparsely-gated-moe")

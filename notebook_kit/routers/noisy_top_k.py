@@ -72,7 +72,7 @@ class NoisyTopK(Router):
         z = self.logits(x)
         if not self.training:
             return self.route(z, mask=mask)
-        sigma = F.softplus(F.linear(x.to(z.dtype), self.noise_weight)).float() + self.noise_floor
+        sigma = F.softplus(F.linear(x.to(z.dtype), self.noise_weight.to(z.dtype))).float() + self.noise_floor
         return self.route(z, mask=mask, sigma=sigma)
 
     def route(
@@ -89,6 +89,7 @@ class NoisyTopK(Router):
             mask: True for real tokens.
             sigma: standard deviation of the noise; None is no noise.
         """
+        self.check_logits(logits, mask)
         z = logits.float()
         h = z if sigma is None else z + torch.randn_like(z) * sigma
         experts = top_k(h.detach(), self.k)

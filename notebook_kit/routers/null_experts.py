@@ -95,10 +95,7 @@ class NullExperts(Router):
             ValueError: another number of columns.
         """
         n, m = self.n_experts, self.n_null
-        if logits.shape[1] not in (n, n + m):
-            raise ValueError(
-                f"logits need {n} columns, or {n + m} with the nulls', got {logits.shape[1]} (NullExperts)"
-            )
+        self.check_logits(logits, mask, n, n + m)
         if logits.shape[1] == n and m:
             logits = torch.cat([logits, shadows(logits, m)], 1)
         p = logits.float().softmax(1)

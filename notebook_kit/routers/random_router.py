@@ -60,7 +60,8 @@ class RandomRouter(Router):
         # R and b as nn.Linear draws them
         drawn = {"projection": (n_experts, d_model), "bias": (n_experts,)}
         for name, shape in drawn.items():
-            values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            values = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+            values = values.to(torch.get_default_device())
             self.register_buffer(name, values) if frozen else setattr(self, name, nn.Parameter(values))
 
     @property
@@ -89,6 +90,7 @@ class RandomRouter(Router):
             logits: z.
             mask: True for real tokens.
         """
+        self.check_logits(logits, mask)
         z = logits.float()
         experts = top_k(z.detach(), self.k)
         weights = z.gather(1, experts).softmax(1)

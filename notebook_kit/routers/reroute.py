@@ -1,6 +1,8 @@
 """Route a recorded trace again by another router, from its logits alone."""
 
+import itertools
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from jaxtyping import Float, Int
@@ -25,8 +27,8 @@ def reroute(
     Args:
         trace: from `record_routing`.
         router: a class such as `TopK`, a router that is made already (with its own table, bias or distilled
-            weights), both in evaluation mode: no noise; or a function from logits [tokens, experts] to Routing.
-            Routers by token id read the trace's ids.
+            weights, on whichever device), both in evaluation mode: no noise; or a function from logits
+            [tokens, experts] to Routing. Routers by token id read the trace's ids.
         layer: of the trace; None is all.
         hyperparameter_values: of the router's class; for a function, its keyword arguments.
 
@@ -67,8 +69,8 @@ def route_trace(router: Router, trace: RoutingTrace, logits: Float[Tensor, "toke
     """
     if not router.needs_tokens:
         return router.route(logits)
-    previous = {"previous": previous_ids(trace)} if router.needs_previous else {}
-    return router.route(logits, tokens=trace.tokens, **previous)
+    previous = {"previous": previous_ids(trace).to(logits.device)} if router.needs_previous else {}
+    return router.route(logits, tokens=trace.tokens.to(logits.device), **previous)
 
 
 def previous_ids(trace: RoutingTrace) -> Int[Tensor, " tokens"]:
@@ -91,6 +93,9 @@ def _by(router: Router, trace: RoutingTrace, logits: Tensor, values: dict) -> Ro
         raise ValueError(f"the router is for {router.n_experts} experts, the trace has {logits.shape[1]} (reroute)")
     was_training = router.training
     try:
-        return route_trace(router.eval(), trace, logits)
+        device = next(itertools.chain(router.parameters(), router.buffers()), logits).device
+        routing = route_trace(router.eval(), trace, logits.to(device))
+        values = {field.name: getattr(routing, field.name) for field in fields(routing)}
+        return Routing(**{name: None if value is None else value.to(logits.device) for name, value in values.items()})
     finally:
         router.train(was_training)

@@ -75,6 +75,15 @@ class Router(nn.Module):
         if k > self.n_experts:
             raise ValueError(f"k must be at most n_experts={self.n_experts}, got {k} ({self._name})")
 
+    def check_logits(self, logits: Tensor, mask: Tensor | None, *columns: int) -> None:
+        """Raise ValueError if logits have none of these numbers of columns (n_experts), or a mask other rows."""
+        columns = columns or (self.n_experts,)
+        if logits.shape[1] not in columns:
+            wanted = " or ".join(map(str, columns))
+            raise ValueError(f"logits need {wanted} columns, one an expert, got {logits.shape[1]} ({self._name})")
+        if mask is not None and len(mask) != len(logits):
+            raise ValueError(f"the mask must have one entry a token, {len(logits)}, got {len(mask)} ({self._name})")
+
     def check_tokens(
         self,
         tokens: Int[Tensor, "*batch"] | None,

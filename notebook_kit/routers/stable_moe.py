@@ -108,6 +108,7 @@ class StableMoE(Router):
             mask: True for real tokens.
             tokens: ids, [tokens] or [sequences, length].
         """
+        self.check_logits(logits, mask)
         ids = self.check_tokens(tokens, len(logits), self.embedding.num_embeddings, mask)
         a = logits.float()
         learning = self.training and int(self.stage) == 1
@@ -121,18 +122,25 @@ class StableMoE(Router):
         loss = self._loss(asked, ids, chosen, claimed, max(n_tokens, 1)) if learning else a.new_zeros(())
         return Routing(logits, scores, asked * (experts >= 0), experts, loss, claimed)
 
+    def _distilled_rows(self, ids: Int[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
+        """The distilled scores, and the row of them that each token reads; few ids are scored once for all tokens."""
+        n_ids = self.embedding.num_embeddings
+        if n_ids < len(ids):
+            return self.distilled(torch.arange(n_ids, device=ids.device)), ids
+        return self.distilled(ids), torch.arange(len(ids), device=ids.device)
+
     @torch.no_grad()
     def _table(self, ids: Int[Tensor, " tokens"]) -> Int[Tensor, "tokens 1"]:
-        """The distilled choice of each id; of few ids it is made once for all."""
-        every = torch.arange(self.embedding.num_embeddings, device=ids.device)
-        return top_k(self.distilled(every), 1)[ids] if len(every) < len(ids) else top_k(self.distilled(ids), 1)
+        scores, row = self._distilled_rows(ids)
+        return top_k(scores, 1)[row]
 
     def _loss(self, asked: Tensor, ids: Tensor, chosen: Tensor, claimed: Tensor, n_tokens: int) -> Tensor:
         real = claimed >= 0
         counts = torch.bincount(claimed.reshape(-1) + 1, minlength=self.n_experts + 1)[1:]
         even = n_tokens / self.n_experts  # n̄
         balance = ((counts - even) / even)[chosen] * asked * real
-        distil = F.cross_entropy(self.distilled(ids).float(), chosen[:, 0], reduction="none")[:, None] * real
+        scores, row = self._distilled_rows(ids)
+        distil = -scores.float().log_softmax(1)[row, chosen[:, 0]][:, None] * real
         return (self.balance_coef * balance + self.distill_coef * distil).sum() / n_tokens
 
     def extra_repr(self) -> str:

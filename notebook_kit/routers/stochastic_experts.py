@@ -107,6 +107,7 @@ class StochasticExperts(Router):
         Raises:
             ValueError: "sentence" without sequences.
         """
+        self.check_logits(logits, mask)
         experts = self._draw(len(logits), sequences).to(logits.device)
         if mask is not None:
             experts = experts.where(mask[:, None], -1)
@@ -132,7 +133,7 @@ class StochasticExperts(Router):
         return self._uniform(n_sequences)[sequences.cpu()][:, None]
 
     def _uniform(self, n: int) -> Int[Tensor, " n"]:
-        return torch.randint(self.n_experts, (n,), generator=self.generator)
+        return torch.randint(self.n_experts, (n,), generator=self.generator, device="cpu")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, inference={self.inference!r}"

@@ -13,7 +13,8 @@ before any second choice. A claim that finds no slot has weight 0 and expert -1.
 from the layer, so only the residual connection carries it (some older codes pass it through unchanged instead).
 
 Limits. With k = 1 a divided weight is the constant 1, and the router gets no gradient from the task: refused.
-Under a capacity a token's experts can depend on later tokens, which queue before its second choice.
+Under a capacity a token's second choice can depend on later tokens, whose first choices queue before it; with
+priority "batch", which is made for images, its first can as well, so that is refused in a causal model.
 
 Sources: Fedus et al. 2021, section 2; Lepikhin et al. 2020, algorithm 1; Jiang et al. 2024, section 2.1; batch
 priority: Riquelme et al. 2021, section 4. transformers' Switch counts capacity for each sequence apart and its
@@ -29,7 +30,7 @@ from torch import Tensor
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.routers._claims import capacity, top_k, within_capacity
-from notebook_kit.routers.losses import load_balancing_loss, z_loss
+from notebook_kit.routers.losses import load_balancing_loss, log_normalizer, z_loss
 from notebook_kit.routers.router import Router
 from notebook_kit.routing import Routing
 
@@ -85,6 +86,8 @@ class TopK(Router):
                 "normalize with k=1 makes every weight the constant 1, so the router gets no gradient from the task; "
                 "use normalize=False (or convention='switch'), or k of at least 2 (TopK)"
             )
+        limited = capacity_factor is not None or eval_capacity_factor is not None
+        self.causal = not (limited and priority == "batch")
         self.k, self.convention, self.priority = k, convention, priority
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.second_policy, self.jitter, self.balance_coef, self.z_coef = second_policy, jitter, balance_coef, z_coef
@@ -102,6 +105,7 @@ class TopK(Router):
             logits: z.
             mask: True for real tokens.
         """
+        self.check_logits(logits, mask)
         z = logits.float()
         p = z.softmax(1)
         picks = self._pick(z)
@@ -147,9 +151,7 @@ class TopK(Router):
             counted = picks if self.convention == "mixtral" else picks[:, :1]
             loss = loss + self.balance_coef * load_balancing_loss(p, counted, mask=mask)
         if self.z_coef:
-            best = picks[:, :1]
-            normalizer = (z.gather(1, best) - p.gather(1, best).log()).squeeze(1)
-            loss = loss + self.z_coef * z_loss(z, mask=mask, normalizer=normalizer)
+            loss = loss + self.z_coef * z_loss(z, mask=mask, normalizer=log_normalizer(z, p, picks))
         return loss
 
     def extra_repr(self) -> str:

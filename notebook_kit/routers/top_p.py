@@ -19,6 +19,7 @@ probability. Coefficients 1e-2 and 1e-4 are the paper's for large models; a smal
 
 from typing import Annotated
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Range
 from notebook_kit.routers._claims import top_k
-from notebook_kit.routers.losses import load_balancing_loss
+from notebook_kit.routers.losses import load_balancing_loss, log_normalizer
 from notebook_kit.routers.router import Router
 from notebook_kit.routing import Routing
 
@@ -70,8 +71,10 @@ class TopP(Router):
             logits: z.
             mask: True for real tokens.
         """
-        log_p = (logits.float() / self.temperature).log_softmax(1)
-        p = log_p.exp()
+        self.check_logits(logits, mask)
+        h = logits.float()
+        h = h if self.temperature == 1 else h / self.temperature
+        p = h.softmax(1)
         picks, kept = nucleus(p.detach(), self.threshold)
         weights = p.gather(1, picks) * kept
         if self.normalize:
@@ -84,7 +87,8 @@ class TopP(Router):
         if self.balance_coef:
             loss = loss + self.balance_coef * load_balancing_loss(p, experts, mask=mask)
         if self.entropy_coef:
-            loss = loss + self.entropy_coef * entropy_loss(log_p, mask=mask, probs=p)
+            normalizer = log_normalizer(h, p, picks)
+            loss = loss + self.entropy_coef * entropy_loss(h, mask=mask, probs=p, normalizer=normalizer)
         return Routing(logits, p, weights, experts, loss)
 
     def extra_repr(self) -> str:
@@ -141,20 +145,27 @@ def _before_threshold(falling: Float[Tensor, "tokens k"], threshold: float) -> B
 
 
 def entropy_loss(
-    log_probs: Float[Tensor, "tokens experts"],
+    logits: Float[Tensor, "tokens experts"],
     *,
     mask: Bool[Tensor, " tokens"] | None = None,
     probs: Float[Tensor, "tokens experts"] | None = None,
+    normalizer: Float[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, ""]:
     """-mean over tokens of Σ P log P, in nats: 0 for a sure router, log N for a flat one.
 
+    With P = softmax(h) this is the mean of logsumexp h - Σ P h, which needs no logarithm of each P.
+
     Args:
-        log_probs: log P of all experts, used or not.
+        logits: h of all experts, used or not; log P is one of them.
         mask: True for real tokens.
         probs: P, where it is there already.
+        normalizer: logsumexp h, where it is known already (`log_normalizer`).
     """
-    probs = log_probs.exp() if probs is None else probs
+    probs = logits.softmax(1) if probs is None else probs
+    normalizer = logits.logsumexp(1) if normalizer is None else normalizer
     if mask is not None:
-        log_probs, probs = log_probs[mask], probs[mask]
-    # P log P is 0 where P is 0, also where the logarithm is -inf.
-    return -(probs * log_probs.clamp_min(-1e4)).sum() / max(len(log_probs), 1)
+        logits, probs, normalizer = logits[mask], probs[mask], normalizer[mask]
+    inner = torch.dot(probs.flatten(), logits.flatten())
+    if not inner.isfinite():  # P h is 0 where P is 0, also where h is -inf
+        inner = torch.dot(probs.flatten(), logits.clamp_min(torch.finfo(logits.dtype).min).flatten())
+    return (normalizer.sum() - inner) / max(len(logits), 1)

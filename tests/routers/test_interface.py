@@ -5,7 +5,20 @@ import copy
 import pytest
 import torch
 
-from notebook_kit.routers import BalancedAssignment, ExpertChoice, HashRouter, LossFreeBias, NoisyTopK, StableMoE, TopK
+from notebook_kit.routers import (
+    BalancedAssignment,
+    DenseToSparse,
+    ExpertChoice,
+    HashRouter,
+    LossFreeBias,
+    NoisyTopK,
+    NullExperts,
+    RandomRouter,
+    StableMoE,
+    StochasticExperts,
+    TopK,
+    TopP,
+)
 
 N = 4
 MAKERS = {
@@ -83,6 +96,36 @@ def test_nan_is_refused(name):
     z[3, 1] = torch.nan
     with pytest.raises(ValueError, match="NaN, first at token 3"):
         route(MAKERS[name](N), z)
+
+
+ALL = MAKERS | {
+    "top-p": lambda n: TopP(6, n),
+    "null": lambda n: NullExperts(6, n),
+    "random": lambda n: RandomRouter(6, n),
+    "stochastic": lambda n: StochasticExperts(6, n),
+    "dense to sparse": lambda n: DenseToSparse(6, n),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+@modes
+def test_logits_of_another_number_of_experts_and_a_mask_of_another_length_are_refused(name, training):
+    router = ALL[name](N).train(training)
+    with pytest.raises(ValueError, match=r"logits need 4 .*columns, one an expert, got 3"):
+        route(router, torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="one entry a token, 5, got 4"):  # route's own shapes are checked here already
+        router.check_logits(torch.zeros(5, N), torch.ones(4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_in_float32_from_a_half_precision_router(name, dtype):
+    """So transformers' DeepSeek gates score: what a router adds of its own must follow."""
+    router = ALL[name](N).to(dtype).train()
+    if router.weight is not None:
+        router.weight.data = router.weight.data.float()
+    routing = run(router, torch.randn(13, 6))
+    assert torch.isfinite(routing.weights).all()
 
 
 @every

@@ -179,7 +179,7 @@ def test_all_picks_ties_and_renaming():
 def test_bad_input():
     with pytest.raises(ValueError, match="k must be at most n_experts \\+ n_null=6, got 7"):
         NullExperts(8, 4, n_null=2, k=7)
-    with pytest.raises(ValueError, match="logits need 4 columns, or 6 with the nulls', got 5"):
+    with pytest.raises(ValueError, match="logits need 4 or 6 columns, one an expert, got 5"):
         NullExperts(8, 4, n_null=2, k=2).route(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="NaN"):
         NullExperts(1, 2).route(torch.full((2, 6), float("nan")))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notebook_kit.routers import TopK
-from notebook_kit.routers._claims import capacity, top_k, within_capacity
+from notebook_kit.routers._claims import best_first, capacity, top_k, within_capacity
 
 
 def route(logits, **hyperparameters):
@@ -222,6 +222,51 @@ def test_the_queue_against_a_loop(seed, slots, batch):
                 expected[token, choice] = waiting[expert] < slots
                 waiting[expert] += 1
     assert torch.equal(within_capacity(claimed, 3, slots, priority), expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forbidden_experts_come_last_and_none_twice(k, dtype):
+    scores = torch.randn(50, 12).to(dtype).masked_fill(torch.rand(50, 12) < 0.6, -torch.inf)
+    picks = top_k(scores, k)
+    assert torch.equal(picks, scores.sort(dim=1, descending=True, stable=True).indices[:, :k])
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_picks_do_not_depend_on_the_number_of_threads(threads):
+    scores = torch.randn(300, 16).round(decimals=1)  # with ties
+    expected, before = scores.sort(dim=1, descending=True, stable=True).indices, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert all(torch.equal(top_k(scores, k), expected[:, :k]) for k in range(1, 17))
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), share=st.floats(0, 1), ties=st.booleans())
+def test_what_is_used_stands_in_falling_order(seed, share, ties):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(9, 6, generator=generator)
+    scores = scores.round(decimals=1) if ties else scores
+    used = torch.rand(9, 6, generator=generator) < share
+    experts = best_first(used, scores)
+    for row, chosen, score in zip(experts.tolist(), used, scores, strict=True):
+        expected = sorted(chosen.nonzero()[:, 0].tolist(), key=lambda e: -score[e].item())
+        assert row == expected + [-1] * (len(row) - len(expected))
+    assert experts.shape[1] == max(1, int(used.sum(1).max()))
+
+
+def test_batch_priority_is_for_images():
+    assert TopK(4, 4, priority="batch").causal
+    assert not TopK(4, 4, priority="batch", capacity_factor=1.0).causal
+    assert TopK(4, 4, capacity_factor=1.0).causal
+    # A later token that is surer takes the place of an earlier one.
+    router = TopK(1, 2, k=1, normalize=False, capacity_factor=1.0, priority="batch")
+    z = torch.tensor([[1.0, 0], [0.5, 0], [0, 1], [0, 1]])
+    assert router.route(z).experts[:, 0].tolist() == [0, 0, 1, 1]
+    z[3] = torch.tensor([5.0, 0])
+    assert router.route(z).experts[:, 0].tolist() == [0, -1, 1, 0]
 
 
 def test_capacity_is_not_fooled_by_rounding():
