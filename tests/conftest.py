@@ -17,6 +17,8 @@ install_import_hook("notebook_kit", "tests.typecheck.check")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed():
