@@ -170,13 +170,20 @@ print(inspect.getsource(SeriesBottleneck._bottleneck))
 print(inspect.getsource(ParallelBottleneck.forward))
 
 # %% [markdown]
-# The same budget for all three: 20,736 parameters. The series kind stands behind each attention block and each MLP, as
-# in the paper that invented it. The learning rates are the best of 0.003, 0.006 and 0.01, tried beforehand.
+# The same budget for all three: as many parameters as LoRA has. `rank_for` says which rank a budget pays for. The
+# series kind stands behind each attention block and each MLP, as in the paper that invented it. The learning rates are
+# the best of 0.003, 0.006 and 0.01, tried beforehand.
 
 # %%
+from notebook_kit.adapters import rank_for
+
+budget = table.parameters.sum()
 series, parallel = copy.deepcopy(bed.model), copy.deepcopy(bed.model)
-attach(series, SeriesBottleneck, targets=r"(o|down)_proj$", rank=18)
-attach(parallel, ParallelBottleneck, targets=r"_proj$", rank=4)
+shapes = {SeriesBottleneck: (series, r"(o|down)_proj$"), ParallelBottleneck: (parallel, r"_proj$")}
+for adapter, (model, targets) in shapes.items():
+    rank = rank_for(model, adapter, targets=targets, parameters=budget)
+    attach(model, adapter, targets=targets, rank=rank)
+    print(f"{adapter.__name__}: rank {rank}, {trainable_parameters(model).parameters.sum():,} parameters")
 assert len({trainable_parameters(model).parameters.sum() for model in (lora, series, parallel)}) == 1
 runs = {"LoRA": (lora, 6e-3), "series": (series, 1e-2), "parallel": (parallel, 1e-2)}
 for name, (model, lr) in runs.items():
@@ -228,16 +235,17 @@ print(f"rank 4: cut from full fine-tuning {cuts[4]:.0%}, trained as LoRA {shares
 # and 0.17 to 0.24 (series) nats per byte; 0.05 or more counts.
 
 # %%
+BUDGET = {"parallel": 22_176, "series": 20_736}
 PLACES = {
-    ("parallel", "attention"): (ParallelBottleneck, r"(q|k|v|o)_proj$", 11),
-    ("parallel", "MLP"): (ParallelBottleneck, r"(gate|up|down)_proj$", 7),
-    ("series", "attention"): (SeriesBottleneck, r"o_proj$", 36),
-    ("series", "MLP"): (SeriesBottleneck, r"down_proj$", 36),
+    ("parallel", "attention"): (ParallelBottleneck, r"(q|k|v|o)_proj$"),
+    ("parallel", "MLP"): (ParallelBottleneck, r"(gate|up|down)_proj$"),
+    ("series", "attention"): (SeriesBottleneck, r"o_proj$"),
+    ("series", "MLP"): (SeriesBottleneck, r"down_proj$"),
 }
 placed = {}
-for (kind, place), (adapter, targets, rank) in PLACES.items():
+for (kind, place), (adapter, targets) in PLACES.items():
     model = copy.deepcopy(bed.model)
-    attach(model, adapter, targets=targets, rank=rank)
+    attach(model, adapter, targets=targets, rank=rank_for(model, adapter, targets=targets, parameters=BUDGET[kind]))
     fit(model, batches, next_byte, steps=120, lr=1e-2, desc=f"{kind}, {place}")
     placed[kind, place] = {"parameters": trainable_parameters(model).parameters.sum(), "held out": held_out(model)}
 
@@ -365,6 +373,7 @@ print("tensors in the adapter:", len(adapter_weights(again)))
 # - Attach LoRA with `rank=1` and train again. How much of the gain is left?
 # - Set `rslora=True` and `rank=32`. With α/r the change shrinks as the rank grows; with α/√r it does not.
 # - Give the parallel bottleneck `activation="identity"`. It is LoRA now: does it fold?
+# - Put it beside the whole MLP: `targets=r"mlp$"`, with the rank that `rank_for` finds for the same budget.
 # - Use another text: `udhr("fin", "train")[::-1]`, or upper case.
 # - Use your own model: `attach(model, LoRA, targets=r"(q|v)_proj$")` works on any model of transformers.
 #

@@ -59,11 +59,13 @@ class Adapter(nn.Module):
     @classmethod
     def supports(cls, host: nn.Module) -> bool:
         """Say whether this adapter can sit on a module."""
-        return isinstance(host, nn.Linear) or is_conv1d(host)
+        return is_linear(host)
 
     def trainable(self, *shape: int) -> nn.Parameter:
         """Make a parameter of zeros, on the host's device and in its dtype."""
-        weight = self.host.weight
+        weight = getattr(self.host, "weight", None)
+        if weight is None:  # the host is a sub-layer
+            weight = next(parameter for parameter in self.host.parameters() if parameter.is_floating_point())
         return nn.Parameter(torch.zeros(shape, device=weight.device, dtype=weight.dtype))
 
     def factors(self) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
@@ -95,6 +97,11 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Say whether a module is a linear layer: nn.Linear, or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Say whether a module is transformers' Conv1D (GPT-2), without importing transformers."""
     return any(
@@ -123,13 +130,15 @@ def exact(tensor: Tensor) -> Tensor:
     return at_least_float32(tensor.detach())
 
 
-def check_rank(rank: int, host: nn.Module, adapter: str, limit: int | None = None) -> None:
-    """Refuse a rank above `limit`, which is min(d_in, d_out) of the host by default.
+def check_rank(
+    rank: int, host: nn.Module, adapter: str, limit: int | None = None, between: tuple[int, int] | None = None
+) -> None:
+    """Refuse a rank above `limit`, which is min(d_in, d_out) by default, of the host or as given by `between`.
 
     Raises:
         ValueError: names the rank, the host's sizes and the adapter.
     """
-    d_in, d_out = sizes(host)
+    d_in, d_out = between or sizes(host)
     limit = min(d_in, d_out) if limit is None else limit
     if rank > limit:
         raise ValueError(

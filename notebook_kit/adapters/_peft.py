@@ -1,9 +1,5 @@
-"""LoRA in the format of the `peft` library, both ways: a folder with adapter_config.json and adapter_model.safetensors.
+"""LoRA in the format of the `peft` library, both ways: from a model to a folder, and from a folder into a model."""
 
-Tensor names there are "base_model.model.<module>.lora_A.weight" and "...lora_B.weight", in the shapes used here.
-"""
-
-import json
 import math
 import re
 from collections import Counter
@@ -12,32 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from notebook_kit import checkpoints
 from notebook_kit.adapters._adapter import adapters, is_conv1d, sizes
-from notebook_kit.adapters._attach import find_hosts, place, refuse_nesting
+from notebook_kit.adapters._peft_format import (
+    pattern_of,
+    read_config,
+    read_pairs,
+    read_tensors,
+    setting_of,
+    write_folder,
+)
+from notebook_kit.adapters._place import place, refuse_nesting
+from notebook_kit.adapters._targets import find_hosts
 from notebook_kit.adapters.lora import LoRA
-
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-# Fields of peft's LoraConfig that change the function; with any other value LoRA here would compute something else.
-PLAIN = {
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    # The other initialisations subtract the adapter's first value from the base weights.
-    "init_lora_weights": (True, False, "gaussian", "eva"),
-}
 
 
 def save_peft(model: nn.Module, folder: str | Path) -> Path:
@@ -54,27 +36,14 @@ def save_peft(model: nn.Module, folder: str | Path) -> Path:
         ValueError: no adapter, one that is not LoRA, or settings that peft's format cannot hold.
         FileExistsError: the folder exists.
     """
-    folder = Path(folder)
     found = dict(adapters(model))
     if not found:
         raise ValueError(f"{type(model).__name__} carries no adapter: nothing to save")
     others = [name for name, adapter in found.items() if not isinstance(adapter, LoRA)]
     if others:
         raise ValueError(f"peft's format holds LoRA only; {others[0]} carries {type(found[others[0]]).__name__}")
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; give a folder that does not")
-    if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {folder.absolute().parent} to write {folder.name} in")
-    config = _config(model, found)
-    tensors = {}
-    for name, adapter in found.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.B
-    with checkpoints.atomic(folder) as partial:
-        partial.mkdir()
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        checkpoints.save(tensors, partial / WEIGHTS)
-    return folder
+    factors = {name: (adapter.A, adapter.B) for name, adapter in found.items()}
+    return write_folder(folder, _config(model, found), factors)
 
 
 def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
@@ -95,8 +64,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
         TypeError: a module of the checkpoint is not a linear layer.
     """
     folder = Path(folder)
-    config, tensors = _read_config(folder), _read_tensors(folder)
-    pairs = _pairs(tensors, folder)
+    config, tensors = read_config(folder), read_tensors(folder)
+    pairs = read_pairs(tensors, folder)
     refuse_nesting(model)
     for name in set(pairs) - {name for name, _ in model.named_modules()}:
         find_hosts(model, LoRA, rf"^{re.escape(name)}$")  # raises, with the nearest names
@@ -124,8 +93,8 @@ def _config(model: nn.Module, found: dict[str, LoRA]) -> dict[str, Any]:
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_key(name): a.rank for name, a in found.items() if a.rank != rank},
-        "alpha_pattern": {_key(name): a.alpha for name, a in found.items() if a.alpha != alpha},
+        "rank_pattern": {pattern_of(name): a.rank for name, a in found.items() if a.rank != rank},
+        "alpha_pattern": {pattern_of(name): a.alpha for name, a in found.items() if a.alpha != alpha},
         "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
         "fan_in_fan_out": all(is_conv1d(a.host) for a in found.values()),
@@ -134,11 +103,6 @@ def _config(model: nn.Module, found: dict[str, LoRA]) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def _key(name: str) -> str:
-    # peft looks for r"(.*\.)?(key)$" with re.match; "^" keeps "fc" from standing for "block.fc" as well.
-    return f"^{re.escape(name)}"
 
 
 def _target_modules(model: nn.Module, found: dict[str, LoRA]) -> list[str] | str:
@@ -157,63 +121,9 @@ def _task(model: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if encoder_decoder and name.endswith("ForConditionalGeneration") else None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG} in {folder}")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} describes {kind!r}; `load_peft` reads LORA")
-    for field, allowed in PLAIN.items():
-        value = config.get(field, allowed[0])
-        if not any(value == option and type(value) is type(option) for option in allowed):
-            raise ValueError(f"{path} sets {field}={value!r}, which LoRA here does not do (it takes {allowed[0]!r})")
-    for field, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0.0)):
-        number = config.setdefault(field, default)
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise ValueError(f"{path} sets {field}={number!r}, expected a number")
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(field) or {}, dict):
-            raise ValueError(f"{path} sets {field}={config[field]!r}, expected names to numbers")
-    return config
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    if not (folder / WEIGHTS).is_file():
-        if (folder / PICKLE).is_file():
-            raise checkpoints.BadCheckpoint(
-                f"{folder / PICKLE} is a pickle, which can run code when it is opened, so it is refused. In a place "
-                f"you trust, convert it once: safetensors.torch.save_file(torch.load({PICKLE!r}, weights_only=True), "
-                f"{WEIGHTS!r})"
-            )
-        raise FileNotFoundError(f"no {WEIGHTS} in {folder}")
-    return checkpoints.load(folder / WEIGHTS)
-
-
-def _pairs(tensors: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by module name."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
-        if match is None:
-            hint = "; LoRA on embeddings is not supported" if "lora_embedding" in key else ""
-            raise ValueError(f"{folder / WEIGHTS} holds {key!r}, which is not the A or B of a linear layer{hint}")
-        parts.setdefault(match[1], {})[match[2]] = tensor
-    if not parts:
-        raise ValueError(f"{folder / WEIGHTS} holds no tensor")
-    for name, pair in parts.items():
-        if set(pair) != {"A", "B"}:
-            raise ValueError(f"{folder / WEIGHTS} holds only one of A and B for {name}")
-    return {name: (pair["A"], pair["B"]) for name, pair in parts.items()}
-
-
 def _build(name: str, host: nn.Module, A: Tensor, B: Tensor, config: dict[str, Any]) -> LoRA:
-    rank = _pattern(config.get("rank_pattern"), name, config["r"])
-    alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    rank = setting_of(config.get("rank_pattern"), name, config["r"])
+    alpha = setting_of(config.get("alpha_pattern"), name, config["lora_alpha"])
     d_in, d_out = sizes(host)
     expected, came = ((rank, d_in), (d_out, rank)), (tuple(A.shape), tuple(B.shape))
     if came != expected:
@@ -234,15 +144,3 @@ def _build(name: str, host: nn.Module, A: Tensor, B: Tensor, config: dict[str, A
     adapter.A.data.copy_(A)
     adapter.B.data.copy_(B)
     return adapter
-
-
-def _pattern(patterns: dict[str, Any] | None, name: str, default: float) -> float:
-    """peft's rule: the first key that matches the end of the name, from a dot on."""
-    for key, value in (patterns or {}).items():
-        try:
-            found = re.match(rf"(.*\.)?({key})$", name)
-        except re.error as error:
-            raise ValueError(f"{CONFIG} has {key!r} in a pattern, which is no regular expression: {error}") from None
-        if found:
-            return value
-    return default

@@ -40,7 +40,7 @@ def merge_adapters(
     Args:
         adapters: what `read_adapter` reads: peft folders; models that carry LoRA; (tensors, scaling) with the tensors
             of `adapter_weights` or of a peft file. Ranks, alphas and target modules may differ: a module that an
-            adapter lacks has ΔW = 0 there.
+            adapter lacks has ΔW = 0 there. The merge is made on the first adapter's device.
         weights: one factor an adapter, which multiplies its ΔW before anything else; None means 1 for each.
         rank: of the result, at most; None keeps every direction (the sum is then exact).
         method: a merge of the kit, such as `ties`, on base 0 and experts w_i ΔW_i; None is the plain sum.
@@ -65,10 +65,12 @@ def merge_adapters(
     if method is None and values:
         raise TypeError(f"{', '.join(values)}: only a `method` has hyperparameters; the plain sum has none")
     sources = [read_adapter(source) for source in adapters]
+    device = next((left.device for left, _ in sources[0].factors.values()), torch.device("cpu"))
+    sources = [source.to(device) for source in sources]
     factors = expert_weights(weights, len(sources))
     labels = _labels(sources, names)
     modules = _modules(sources, labels)
-    merged = None if method is None else _by_method(method, sources, factors, modules, values)
+    merged = None if method is None else _by_method(method, sources, factors, modules, device, values)
 
     result, rows = {}, []
     for name in modules:
@@ -102,12 +104,14 @@ def _sum_svd(pairs: Sequence[tuple[float, tuple[Tensor, Tensor]]]) -> tuple[Tens
 class _Deltas(Mapping[str, Tensor]):
     """An adapter's dense changes as a state dict: one is made when it is asked for, and not kept."""
 
-    def __init__(self, source: AdapterFactors, weight: float, modules: Mapping[str, tuple[int, int]]):
-        self.source, self.weight, self.modules = source, weight, modules
+    def __init__(
+        self, source: AdapterFactors, weight: float, modules: Mapping[str, tuple[int, int]], device: torch.device
+    ):
+        self.source, self.weight, self.modules, self.device = source, weight, modules, device
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.source.factors:
-            return torch.zeros(self.modules[name])
+            return torch.zeros(self.modules[name], device=self.device)
         left, right = self.source.factors[name]
         return (self.weight * left) @ right
 
@@ -119,15 +123,20 @@ class _Deltas(Mapping[str, Tensor]):
 
 
 def _by_method(
-    method: Callable, sources: Sequence[AdapterFactors], factors: Sequence[float], modules: Mapping, values: dict
+    method: Callable,
+    sources: Sequence[AdapterFactors],
+    factors: Sequence[float],
+    modules: Mapping[str, tuple[int, int]],
+    device: torch.device,
+    values: dict,
 ) -> Callable[[str], Tensor]:
     """A function that merges one module's dense changes by `method`; what it must know of the whole is seen before."""
     if isinstance(method, partial):
         values, method = {**method.keywords, **values}, method.func
     schema = hyperparameters(method)
     validate(schema, {name: value for name, value in values.items() if name in schema})
-    base = _Deltas(AdapterFactors({}), 0.0, modules)
-    experts = [_Deltas(source, weight, modules) for source, weight in zip(sources, factors, strict=True)]
+    base = _Deltas(AdapterFactors({}), 0.0, modules, device)
+    experts = [_Deltas(source, weight, modules, device) for source, weight in zip(sources, factors, strict=True)]
     entry = entry_of(method)
     if entry is not None and entry.statistics is not None:
         values = values | entry.statistics(base, experts, **values)

@@ -1,6 +1,5 @@
 """The adapter that a merge makes: its factors, what was lost, its place in a model, its folder."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,8 +9,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from notebook_kit import checkpoints
-from notebook_kit.adapters._peft import CONFIG, PREFIX, WEIGHTS, _key
+from notebook_kit.adapters._peft_format import pattern_of, write_folder
 from notebook_kit.adapters.read import AdapterFactors, Source, read_adapter
 from notebook_kit.weights import Weights, at_least_float32
 
@@ -64,20 +62,9 @@ class MergedAdapter:
         Raises:
             FileExistsError: the folder exists.
         """
-        folder = Path(folder)
-        if folder.exists():
-            raise FileExistsError(f"{folder} exists; give a folder that does not")
-        if not folder.absolute().parent.is_dir():
-            raise FileNotFoundError(f"no folder {folder.absolute().parent} to write {folder.name} in")
         ranks = {name: left.shape[1] for name, (left, _) in self.factors.items()}
-        with checkpoints.atomic(folder) as new:
-            new.mkdir()
-            (new / CONFIG).write_text(json.dumps(_config(ranks, self.like.config), indent=2) + "\n", "utf-8")
-            tensors = {}
-            for name, (left, right) in self.factors.items():
-                tensors |= {f"{PREFIX}{name}.lora_A.weight": right, f"{PREFIX}{name}.lora_B.weight": left}
-            checkpoints.save(tensors, new / WEIGHTS)
-        return folder
+        factors = {name: (right, left) for name, (left, right) in self.factors.items()}
+        return write_folder(folder, _config(ranks, self.like.config), factors)
 
     def __repr__(self):
         ranks = sorted({left.shape[1] for left, _ in self.factors.values()})
@@ -108,7 +95,7 @@ def adapter_on(base: Weights, adapter: Source | AdapterFactors) -> dict[str, Ten
 def add_delta(weight: Tensor, left: Left, right: Right, fan_in_fan_out: bool = False) -> Tensor:
     """W + left @ right, in W's layout and dtype."""
     wide = at_least_float32(weight)
-    delta = (left.to(wide.dtype) @ right.to(wide.dtype)).to(wide.device)
+    delta = left.to(wide) @ right.to(wide)
     square = delta.shape[0] == delta.shape[1]
     transposed = fan_in_fan_out if square else tuple(weight.shape) != tuple(delta.shape)
     return (wide + (delta.T if transposed else delta)).to(weight.dtype)
@@ -116,7 +103,7 @@ def add_delta(weight: Tensor, left: Left, right: Right, fan_in_fan_out: bool = F
 
 def _config(ranks: Mapping[str, int], like: Mapping[str, object]) -> dict[str, object]:
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {_key(name): r for name, r in ranks.items() if r != rank}
+    others = {pattern_of(name): r for name, r in ranks.items() if r != rank}
     names = list(ranks)
     # peft takes a name for every module that ends with it; a regular expression stands for exactly these.
     short = any("." not in name or any(other.endswith(f".{name}") for other in names) for name in names)

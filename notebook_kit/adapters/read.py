@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from notebook_kit.adapters._adapter import Adapter, exact, is_conv1d
 from notebook_kit.adapters._adapter import adapters as adapters_in
-from notebook_kit.adapters._peft import _pairs, _pattern, _read_config, _read_tensors
+from notebook_kit.adapters._peft_format import CONFIG, read_config, read_pairs, read_tensors, setting_of
 from notebook_kit.weights import Weights
 
 Pair = tuple[Tensor, Tensor]
@@ -38,6 +38,11 @@ class AdapterFactors:
         """Whether square hosts store their weight transposed (GPT-2)."""
         return bool(self.config.get("fan_in_fan_out", False))
 
+    def to(self, device: torch.device) -> "AdapterFactors":
+        """The same adapter with its factors on a device."""
+        moved = {name: (left.to(device), right.to(device)) for name, (left, right) in self.factors.items()}
+        return replace(self, factors=moved)
+
     def keys_in(self, base: Weights) -> dict[str, Pair]:
         """The factors by the name of the base's tensor that they change.
 
@@ -63,7 +68,7 @@ Source = str | Path | nn.Module | tuple[Mapping[str, Tensor], float | Mapping[st
 
 def is_adapter_folder(path: object) -> bool:
     """Say whether a path is a folder with an adapter_config.json."""
-    return isinstance(path, (str, Path)) and (Path(path) / "adapter_config.json").is_file()
+    return isinstance(path, (str, Path)) and (Path(path) / CONFIG).is_file()
 
 
 def read_adapter(source: Source) -> AdapterFactors:
@@ -106,11 +111,11 @@ def _from_model(model: nn.Module) -> AdapterFactors:
 
 
 def _from_folder(folder: Path) -> AdapterFactors:
-    config = _read_config(folder)
+    config = read_config(folder)
     factors, scalings = {}, {}
-    for name, (A, B) in _pairs(_read_tensors(folder), folder).items():
-        rank = _pattern(config.get("rank_pattern"), name, config["r"])
-        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    for name, (A, B) in read_pairs(read_tensors(folder), folder).items():
+        rank = setting_of(config.get("rank_pattern"), name, config["r"])
+        alpha = setting_of(config.get("alpha_pattern"), name, config["lora_alpha"])
         if rank != A.shape[0]:
             raise ValueError(f"{name}: {folder} says rank {rank}, but A has {A.shape[0]} rows")
         scalings[name] = alpha / (rank**0.5 if config.get("use_rslora") else rank)

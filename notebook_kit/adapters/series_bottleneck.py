@@ -4,9 +4,10 @@
 
 W [d_out, d_in] frozen, D [rank, d] down, U [d, rank] up, no biases; d = d_out at the output, d_in at the input. With
 σ = identity it folds: (I + s U D) W at the output (the host's bias is multiplied too), W (I + s U D) at the input.
-Paper: Houlsby et al. 2019, figure 2 (after each sub-layer, with biases); Hu et al. 2023 (LLM-Adapters), whose places
-and missing biases are taken here. `rank` is their bottleneck_size (256 on 7B models). Their code starts D and U from
-N(0, 0.02) unless told otherwise (init="normal"); here U starts at zero, so that the model starts unchanged.
+Papers: Houlsby et al. 2019, figure 2 (after each sub-layer, with biases: here, at the output of its last layer, o_proj
+or down_proj); Hu et al. 2023 (LLM-Adapters), whose places and missing biases are taken here. `rank` is their
+bottleneck_size (256 on 7B models). Their code starts D and U from N(0, 0.02) unless told otherwise (init="normal");
+here U starts at zero, so that the model starts unchanged.
 """
 
 import math

@@ -8,8 +8,10 @@
 sign, as TIES does.
 Hazard: entropy also falls when the model becomes confidently wrong. Stop early, and look at the accuracy of a few
 labelled pictures; `loss="cross_entropy"` on such labels is the control. Logits without a fixed scale collapse soonest.
-Task heads do not belong into base and experts: leave them to `model`. Peers: fusion_bench has the same update, and
-offers a clamp to [0, 1] (here `clamp`), off by default as there. All models are in memory at once.
+Task heads do not belong into base and experts: leave them to `model`. Buffers (running statistics of a batch norm) are
+merged by their λ, but teach it nothing: measure them anew afterwards (`alignment.reset_batch_norm`).
+Peers: fusion_bench has the same update, and offers a clamp to [0, 1] (here `clamp`), off by default as there. All
+models are in memory at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from notebook_kit.catalog import method
-from notebook_kit.hyperparameters import Choice, Range
+from notebook_kit.hyperparameters import Choice, Range, hyperparameters, validate
 from notebook_kit.merging.objective import Models, Objective, TaskLoss
 from notebook_kit.merging.task_vectors import TaskVectors
 from notebook_kit.weights import Weights, check
@@ -68,9 +70,12 @@ def adamerging_path(
     task_loss: TaskLoss | None = None,
 ) -> AdaMergingPath:
     """Learn the coefficients and keep every step; the arguments are `adamerging`'s."""
+    settings = {"granularity": granularity, "loss": loss, "scale": scale, "steps": steps, "lr": lr, "density": density}
+    settings |= {"clamp": clamp, "batch_size": batch_size, "seed": seed}
+    validate(hyperparameters(adamerging), settings)
     check(base, experts)
-    options = {"loss": loss, "heads": heads, "task_loss": task_loss, "batch_size": batch_size, "seed": seed}
-    objective = Objective(model, batches, **options)
+    sampled = {"batch_size": batch_size, "seed": seed}
+    objective = Objective(model, batches, loss=loss, heads=heads, task_loss=task_loss, **sampled)
     vectors = TaskVectors(base, experts, objective.owners(base), density)
     layers = vectors.layers if granularity == "layer" else ["model"]
     coefficients = torch.full((len(experts), len(layers)), float(scale), requires_grad=True)
@@ -82,7 +87,7 @@ def adamerging_path(
             theta = vectors.combine(used)
             values = dict(objective.losses(theta, objective.draw()))
             path.append(used.detach().clone())
-            losses.append(torch.stack([value.detach().float() for value in values.values()]))
+            losses.append(torch.stack([value.detach().float().cpu() for value in values.values()]))
             if step < steps:
                 total = torch.stack(list(values.values())).sum()
                 (coefficients.grad,) = torch.autograd.grad(total, [coefficients])

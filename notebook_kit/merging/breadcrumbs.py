@@ -102,14 +102,14 @@ def breadcrumbs(
         if not tensor.is_floating_point():
             result[name] = tensor.clone()
             continue
-        stretch = by_expert
+        stretch = by_expert.to(tensor.device)
         if rescale == "norm":
             norms = sum(
                 torch.stack([tau.abs().sum(dim=1), kept.abs().sum(dim=1)]).double()
                 for _, _, tau, kept in _banded(name, base, experts, bands)
             )
-            stretch = by_expert * torch.where(norms[1] > 0, norms[0] / norms[1], 1)[:, None] if tensor.numel() else 1
-        out = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            stretch = stretch * torch.where(norms[1] > 0, norms[0] / norms[1], 1)[:, None] if tensor.numel() else 1
+        out = tensor.new_empty(tensor.numel())
         for where, theta_0, _, kept in _banded(name, base, experts, bands):
             kept *= stretch
             out[where] = fuse(kept, elect, factors, normalize=normalize).mul_(scale).add_(theta_0)

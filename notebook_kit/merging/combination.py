@@ -39,7 +39,7 @@ def combine(base: Weights, experts: Sequence[Weights], coefficients: Coefficient
             models.insert(0, (float(of_base), tensor.reshape(-1)))
         elif not _finite(tensor):
             check(base, experts)
-        result = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        result = tensor.new_empty(tensor.numel())
         if not _fill(result, models):
             check(base, experts)
             _fill(result, models, plain=True)  # finite models: differences overflowed, or the result itself does

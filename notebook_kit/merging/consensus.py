@@ -13,7 +13,6 @@ runs. Wang et al., 2024, section 4.3; official code nik-dim/tall_masks, where k 
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from notebook_kit.catalog import method
@@ -71,7 +70,7 @@ def consensus(
         if not tensor.is_floating_point():
             result[name] = tensor.clone()
             continue
-        out = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        out = tensor.new_empty(tensor.numel())
         for where, theta_0, tau, multitask in vectors(name, base, experts, **seen):
             agreed = claimed(tau, multitask, levels).sum(dim=0) >= k
             out[where] = theta_0 + scale * agreed * multitask

@@ -42,7 +42,7 @@ def tensor_by_tensor(
 
 def _in_pieces(name: str, theta_0: Tensor, thetas: list[Tensor], rule: Rule) -> Tensor:
     flat, *others = (tensor.reshape(-1) for tensor in (theta_0, *thetas))
-    result = torch.empty(flat.shape, dtype=flat.dtype)
+    result = torch.empty_like(flat)
     for start in range(0, len(flat), PIECE):
         where = slice(start, start + PIECE)
         result[where] = rule(name, at_least_float32(flat[where]), [at_least_float32(other[where]) for other in others])
@@ -50,5 +50,8 @@ def _in_pieces(name: str, theta_0: Tensor, thetas: list[Tensor], rule: Rule) -> 
 
 
 def tensor_generator(seed: int, name: str, index: int) -> torch.Generator:
-    """Randomness that depends on the tensor's name, not on its place: streaming a file gives the same draw."""
+    """Randomness that depends on the tensor's name, not on its place: streaming a file gives the same draw.
+
+    It is the CPU's, and what it draws is sent to where the tensor is: a GPU gets the same numbers.
+    """
     return torch.Generator().manual_seed((seed * 1_000_003 + index * 7919 + zlib.crc32(name.encode())) % 2**63)

@@ -22,7 +22,7 @@ from notebook_kit.weights import Weights, expert_weights
 
 def drop_and_rescale(tau: Tensor, density: float, rescale: str, generator: torch.Generator) -> Tensor:
     """Keep each entry with probability `density`, and make up for the rest."""
-    mask = torch.rand(tau.shape, generator=generator) < density
+    mask = torch.rand(tau.shape, generator=generator).to(tau.device) < density
     kept = tau * mask
     if rescale == "inverse" and density > 0:
         kept /= density

@@ -46,7 +46,7 @@ def keep_probabilities(
     if n < 2:  # one entry is neither large nor small
         return torch.full_like(tau, density)
     order = rows.abs().argsort(dim=1, stable=True)
-    spread = torch.linspace(density - epsilon, density + epsilon, n, dtype=tau.dtype)
+    spread = torch.linspace(density - epsilon, density + epsilon, n, dtype=tau.dtype, device=tau.device)
     return torch.empty_like(rows).scatter_(1, order, spread.expand_as(rows)).reshape(tau.shape)
 
 
@@ -54,7 +54,7 @@ def drop_by_rank(
     tau: Float[Tensor, "*shape"], keep: Float[Tensor, "*shape"], rescale: str, generator: torch.Generator
 ) -> Float[Tensor, "*shape"]:
     """Keep each entry with its own probability, and divide it by that (only for rescale="inverse")."""
-    kept = tau * (torch.rand(tau.shape, generator=generator) < keep)
+    kept = tau * (torch.rand(tau.shape, generator=generator).to(tau.device) < keep)
     if rescale == "inverse":
         kept.div_(keep.masked_fill(keep == 0, 1))
     return kept
@@ -115,10 +115,10 @@ def della(
                 for i, theta in enumerate(expert[name] for expert in experts)
             ]
         )
-        out = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        out = tensor.new_empty(tensor.numel())
         for start in range(0, tensor.numel(), PIECE):
             where = slice(start, start + PIECE)
-            weighted = kept[:, where] * torch.tensor(factors, dtype=kept.dtype)[:, None]
+            weighted = kept[:, where] * kept.new_tensor(factors)[:, None]
             merged = fuse(weighted, elect, factors, normalize=normalize).mul_(scale)
             out[where] = merged.add_(at_least_float32(tensor.reshape(-1)[where]))
         result[name] = out.reshape(tensor.shape)
@@ -132,7 +132,7 @@ def _dropped(
     n = theta.numel()
     row = n if scope == "tensor" or theta.ndim < 2 else _row_length(theta.shape)
     step = max(1, PIECE // max(row, 1)) * max(row, 1)
-    result, norms = torch.empty(n, dtype=at_least_float32(theta.reshape(-1)[:0]).dtype), [0.0, 0.0]
+    result, norms = at_least_float32(theta.reshape(-1)[:0]).new_empty(n), [0.0, 0.0]
     for start in range(0, n, step):
         where = slice(start, start + step)
         tau = (at_least_float32(theta.reshape(-1)[where]) - at_least_float32(theta_0.reshape(-1)[where])).view(-1, row)

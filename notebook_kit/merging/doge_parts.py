@@ -52,12 +52,16 @@ def kept(tau: Tensor, trim: Trim, name: str) -> Bool[Tensor, "..."]:
 
 def each_treated(base: Weights, experts: Sequence[Weights], treated, *, transposed=None, eta, norm_aware, **descent):
     """For each treated tensor: its name, τ [K, ...], one Descent a matrix, and Δ in the tensor's own axes [d, ...]."""
+    try:
+        flipped = re.compile(transposed) if transposed else None
+    except re.error as error:
+        raise ValueError(f"transposed must be a regular expression, got {transposed!r}: {error}") from None
     for name in base:
         if name not in treated:
             continue
         theta_0 = at_least_float32(base[name])
         taus = torch.stack([at_least_float32(expert[name]) - theta_0 for expert in experts])
-        flip = bool(transposed and re.search(transposed, name))
+        flip = bool(flipped and flipped.search(name))
         slices = taus.mT if flip else taus
         batch = [slices] if taus.dim() == 3 else slices.unbind(dim=1)
         found = [descend(one, coefficients(one, eta, norm_aware), **descent) for one in batch]

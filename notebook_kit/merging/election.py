@@ -10,7 +10,6 @@ room that elects.
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,7 +27,7 @@ def elect_sign(tau: Taus, how: str, norms: Sequence[float] | None = None) -> Sig
         norms: ‖τ_i‖, for the last two.
     """
     if how in ("normmass", "normfrac"):
-        share = (tau * torch.tensor([1 / norm if norm else 0 for norm in norms], dtype=tau.dtype)[:, None]).square_()
+        share = (tau * tau.new_tensor([1 / norm if norm else 0 for norm in norms])[:, None]).square_()
         if how == "normfrac":
             return tau.gather(0, share.argmax(dim=0, keepdim=True))[0].sign_()
         tau = share.mul_(tau.sign())
@@ -54,7 +53,7 @@ def disjoint_merge(tau: Taus, gamma: Signs | None, weights: Sequence[float], com
     voters = agreeing.sign().abs_()
     if all(weight == 1 for weight in weights):
         return merged.div_(voters.sum(dim=0).clamp_(min=1))
-    n = (voters * torch.tensor(weights, dtype=tau.dtype).abs()[:, None]).sum(dim=0)
+    n = (voters * tau.new_tensor(weights).abs()[:, None]).sum(dim=0)
     return merged.div_(n.masked_fill_(n == 0, 1))
 
 

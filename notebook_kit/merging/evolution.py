@@ -71,17 +71,17 @@ def cma_es(
     options = {"seed": math.nan, "randn": lambda *shape: draw(shape), "verbose": -9, "CMA_diagonal": diagonal}
     options |= {"popsize": pop_size} if pop_size else {}
     options |= {"bounds": list(bounds)} if bounds else {}
-    solver = cma.CMAEvolutionStrategy(start.double().numpy(), sigma, options)
+    solver = cma.CMAEvolutionStrategy(start.double().cpu().numpy(), sigma, options)
     if solver.popsize > evals:
         raise ValueError(f"evals must be at least one generation, {solver.popsize}, got {evals} (cma_es)")
     best, flat, history = -float("inf"), start, []
     while len(history) + solver.popsize <= evals and not solver.stop():
         cloud = solver.ask()
-        scores = [float(score(torch.tensor(x, dtype=start.dtype))) for x in cloud]
+        scores = [float(score(start.new_tensor(x))) for x in cloud]
         solver.tell(cloud, [-value for value in scores])
         for x, value in zip(cloud, scores, strict=True):
             if value > best:
-                best, flat = value, torch.tensor(x, dtype=start.dtype)
+                best, flat = value, start.new_tensor(x)
             history.append(best)
     return Evolved(flat, best, torch.tensor(history))
 
@@ -137,7 +137,7 @@ def map_elites(
             w, d = torch.rand(1, generator=generator), len(rows[0])
             k = torch.randint(d, (1,), generator=generator)
             child = mix(rows[int(two[0])][None], rows[int(two[1])][None], w, k)[0]
-            child = child + mutation_std * torch.randn(d, generator=generator)
+            child = child + mutation_std * torch.randn(d, generator=generator).to(child)
         scores = score_points(space.weights(child)).float()
         cell = tuple(min(int(float(scores[group].mean()) * bins), bins - 1) for group in groups)
         quality = float(scores.mean())

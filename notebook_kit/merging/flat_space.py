@@ -30,13 +30,14 @@ class FlatSpace:
             self.owners[name] = first.setdefault(place if shares else name, name)
         self.names = [name for name, owner in self.owners.items() if owner == name]
         self.sizes = [self.like[name].numel() for name in self.names]
+        self.device = next((tensor.device for tensor in self.like.values()), torch.device("cpu"))
 
     def __len__(self) -> int:
         return sum(self.sizes)
 
     def flatten(self, models: Sequence[Weights]) -> Flat:
         """One row a model, in float32 at least."""
-        empty = torch.empty(0)
+        empty = torch.empty(0, device=self.device)
         rows = [torch.cat([empty, *(at_least_float32(m[name]).reshape(-1) for name in self.names)]) for m in models]
         return torch.stack(rows)
 

@@ -9,6 +9,9 @@ Granularity "layer" takes the argmin for each tensor, a larger set (a product of
 target task picks with its own gradient a model not picked yet, and all picked are merged at once into θᵗ. Every
 iterate is an affine combination of the vertices: `coefficients` writes it down. Chen et al., 2025, sections 3 and 4.
 The pool may be `Checkpoint`s on disk: one tensor of one model is read at a time, memory does not grow with the pool.
+A pool of LoRA adapters: give `adapters.adapter_on(base, adapter)` of each. The base is then the zero change, a vertex
+with init="base"; and the path's `coefficients`, given to `adapters.merge_adapters` as weights, make one LoRA of the
+pool. (Official code takes the dicts of A and B as vertices. That runs here too, but half of two factors is no half.)
 Where the official code differs: its oracle sums cosines of g_l with the raw weights v_l (`oracle="cos_checkpoint"`),
 which measure mostly what all models share; the exact inner product is the default here. Its layer-wise code puts a
 zero tensor where no cosine is negative, which pulls weights to zero: not copied. Its scaling is 0.3; 1 is textbook.
@@ -16,109 +19,24 @@ Task heads do not belong into the pool: leave them to `model`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from notebook_kit.catalog import method
-from notebook_kit.hyperparameters import Choice, Range
-from notebook_kit.merging.frank_wolfe_moves import move_towards, start_of
-from notebook_kit.merging.frank_wolfe_oracle import gradients_of, pick
-from notebook_kit.merging.objective import Models, Objective, TaskLoss
+from notebook_kit.hyperparameters import Choice, Range, hyperparameters, validate
+from notebook_kit.merging.frank_wolfe_walk import FrankWolfePath, walk
+from notebook_kit.merging.objective import Models, TaskLoss
 from notebook_kit.weights import Weights, check
 
 
-@dataclass(frozen=True)
-class FrankWolfePath:
-    """What Frank-Wolfe did, step by step; `layers` is ["model"] where a whole model is picked.
-
-    Args:
-        merged: the last iterate, a state dict.
-        vertices: names: "experts[0]", ..., and "initial" where the start is one.
-        layers: names of the parts that are picked apart from each other.
-        tasks: the target tasks.
-        picks: vertex picked, Int[steps, picked at once, layers].
-        gaps: ⟨g, θᵗ⟩ − min_v ⟨g, v⟩ before each step, Float[steps]; below 0 only where the start is no vertex.
-        losses: of each task before each step and after the last, Float[steps + 1, tasks].
-        coefficients: of the start and each expert, Float[steps + 1, layers, 1 + experts]; each row adds up to 1.
-            NaN from the first step on where `move` is "ties", which has none.
-    """
-
-    merged: dict[str, Tensor] = field(repr=False)
-    vertices: list[str]
-    layers: list[str]
-    tasks: list[str]
-    picks: Int[Tensor, "steps at_once layers"] = field(repr=False)
-    gaps: Float[Tensor, " steps"] = field(repr=False)
-    losses: Float[Tensor, "steps_and_start tasks"] = field(repr=False)
-    coefficients: Float[Tensor, "steps_and_start layers start_and_experts"] = field(repr=False)
-
-
 def frank_wolfe_path(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    model: Models,
-    batches: Mapping[str, Any],
-    loss: str = "cross_entropy",
-    variant: str = "hard",
-    granularity: str = "task",
-    oracle: str = "inner",
-    steps: int = 10,
-    step_size: float = 1.0,
-    scale: float = 1.0,
-    init: str = "merge",
-    init_scale: float = 0.3,
-    initial_vertex: bool = True,
-    move: str = "task_arithmetic",
-    density: float = 0.3,
-    move_steps: int = 100,
-    tolerance: float = 0.0,
-    batch_size: int | None = None,
-    seed: int = 0,
-    heads: Mapping[str, slice] | None = None,
-    task_loss: TaskLoss | None = None,
+    base: Weights, experts: Sequence[Weights], *, model: Models, batches: Mapping[str, Any], **settings: Any
 ) -> FrankWolfePath:
     """Merge by Frank-Wolfe and keep every step; the arguments are `frank_wolfe`'s."""
-    check(base, experts)
-    options = {"loss": loss, "heads": heads, "task_loss": task_loss, "batch_size": batch_size, "seed": seed}
-    objective = Objective(model, batches, **options)
-    owners = objective.owners(base)
-    names = [name for name in owners if owners[name] == name]
-    theta = start_of(base, experts, names, init, init_scale)  # θ⁰
-    initial = {k: tensor.clone() for k, tensor in theta.items()} if initial_vertex else None
-    pool = [*experts] if initial is None else [*experts, initial]
-    groups = [[name] for name in names] if granularity == "layer" else [names]
-
-    weights = torch.zeros(len(groups), 1 + len(experts))
-    weights[:, 0] = 1.0  # the start, then the experts
-    coefficients, picks, gaps, losses = [weights], [], [], []
-    with objective.evaluating():
-        for t in range(steps):
-            values, gradients = gradients_of(objective, theta, owners, names, variant)
-            losses.append(values)
-            picked, gap = pick(gradients, theta, pool, groups, oracle)
-            started = initial_vertex or float(weights[:, 0].max()) == 0  # outside of the hull the gap says nothing
-            if started and gap <= tolerance:
-                break
-            how = {"move": move, "size": scale * 2 / (t + 2) * step_size, "first": t == 0, "density": density}
-            learn = {"model": model, "batches": batches, "steps": move_steps, **options, "seed": seed + t}
-            theta, weights = move_towards(theta, weights, pool, picked, groups, owners, learn=learn, **how)
-            coefficients.append(weights)
-            picks.append(picked)
-            gaps.append(gap)
-        else:
-            losses.append(gradients_of(objective, theta, owners, names, variant)[0])
-    merged = {k: theta[owners[k]].to(v.dtype).clone() if k in owners else v.clone() for k, v in base.items()}
-    vertices = [f"experts[{i}]" for i in range(len(experts))] + (["initial"] if initial_vertex else [])
-    layers = names if granularity == "layer" else ["model"]
-    at_once = min(len(objective.tasks), len(pool)) if variant == "soft" else 1
-    chosen = torch.stack(picks) if picks else torch.zeros(0, at_once, len(groups), dtype=torch.int64)
-    story = {"gaps": torch.tensor(gaps), "losses": torch.stack(losses), "coefficients": torch.stack(coefficients)}
-    return FrankWolfePath(merged, vertices, layers, objective.tasks, chosen, **story)
+    numbers = {name: value for name, value in settings.items() if name not in ("heads", "task_loss")}
+    validate(hyperparameters(frank_wolfe), numbers)
+    return walk(base, experts, model=model, batches=batches, **settings)
 
 
 def statistics(base: Weights, experts: Sequence[Weights], **settings) -> dict[str, object]:
@@ -203,4 +121,4 @@ def frank_wolfe(
     path |= {"scale": scale, "init": init, "init_scale": init_scale, "initial_vertex": initial_vertex, "move": move}
     path |= {"density": density, "move_steps": move_steps, "tolerance": tolerance}
     data = {"loss": loss, "batch_size": batch_size, "seed": seed, "heads": heads, "task_loss": task_loss}
-    return frank_wolfe_path(base, experts, model=model, batches=batches, **path, **data).merged
+    return walk(base, experts, model=model, batches=batches, **path, **data).merged

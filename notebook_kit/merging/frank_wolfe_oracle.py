@@ -19,7 +19,7 @@ def gradients_of(
     losses, found = [], []
     with torch.enable_grad():
         for _, value in objective.losses(every, objective.draw()):
-            losses.append(value.detach().float())
+            losses.append(value.detach().float().cpu())
             each = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
             if variant == "soft" or not found:
                 found.append(dict(zip(names, each, strict=True)))

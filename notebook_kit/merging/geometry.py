@@ -14,8 +14,7 @@ def pieces(name: str, experts: Sequence[Weights]) -> Iterator[Float[Tensor, "exp
     """Walk one tensor of all experts in pieces, side by side in float32 at least; the buffer is reused."""
     thetas = [expert[name].reshape(-1) for expert in experts]
     n = len(thetas[0])
-    kind = at_least_float32(thetas[0][:0]).dtype
-    buffer = torch.empty(len(experts), min(selection.CHUNK, n), dtype=kind)
+    buffer = at_least_float32(thetas[0][:0]).new_empty(len(experts), min(selection.CHUNK, n))
     for start in range(0, n, selection.CHUNK):
         stop = min(start + selection.CHUNK, n)
         side_by_side = buffer[:, : stop - start]
@@ -25,10 +24,10 @@ def pieces(name: str, experts: Sequence[Weights]) -> Iterator[Float[Tensor, "exp
 
 
 def inner_products(walk: Iterator[Float[Tensor, "experts n"]], n_experts: int) -> Float[Tensor, "experts experts"]:
-    """Sum ⟨a_i, a_j⟩ over the pieces of a walk, in float64."""
+    """Sum ⟨a_i, a_j⟩ over the pieces of a walk, in float64, on the CPU: there are only K² of them."""
     total = torch.zeros(n_experts, n_experts, dtype=torch.float64)
     for a in walk:
-        total += a @ a.T
+        total += (a @ a.T).cpu()
     return total
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from notebook_kit.catalog import method
-from notebook_kit.hyperparameters import Choice, Range
+from notebook_kit.hyperparameters import Choice, Range, hyperparameters, validate
 from notebook_kit.merging.contract import tensor_by_tensor
 from notebook_kit.merging.importance import MADE_BY, compressed, mask_of, thresholds
 from notebook_kit.merging.per_parameter import find
@@ -50,7 +50,7 @@ def graft_masks(
     experts: Sequence[Weights],
     *,
     moments: Sequence[Weights],
-    density: Annotated[float, Range(0, 1)] = 0.4,
+    density: float = 0.4,
     importance: str = "fisher",
     curvature: str = "full",
     rank: int = 4,
@@ -64,16 +64,10 @@ def graft_masks(
     Returns:
         list: for each expert, tensor name -> mask of the tensor's shape; tensors without a moment are left out.
     """
+    settings = {"density": density, "importance": importance, "curvature": curvature, "rank": rank}
+    validate(hyperparameters(fast_fisher_graft), settings)
     check(base, experts)
-    trim = statistics(
-        base,
-        experts,
-        moments=moments,
-        density=density,
-        importance=importance,
-        curvature=curvature,
-        rank=rank,
-    )["trim"]
+    trim = statistics(base, experts, moments=moments, **settings)["trim"]
     moments = compressed(base, moments, curvature, rank)
     masks: list[dict[str, Tensor]] = [{} for _ in experts]
     for name in float_keys(base):

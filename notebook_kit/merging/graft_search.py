@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from notebook_kit.merging.graft import fast_fisher_graft
+from notebook_kit.merging.scored import scored
 from notebook_kit.weights import Weights
 
 
@@ -39,13 +40,16 @@ def graft_density(
 
     Returns:
         GraftSearch: density, its score, and the trials up to it.
+
+    Raises:
+        ValueError: a score is NaN, or as `fast_fisher_graft`.
     """
-    target = float(score(expert)) - tolerance
+    whole = scored(score, expert)
     trials = []
     for density in sorted(densities):
         grafted = fast_fisher_graft(base, [expert], moments=[moments], density=density, **settings)
-        trials.append((density, float(score(grafted))))
-        if trials[-1][1] >= target:
+        trials.append((density, scored(score, grafted)))
+        if trials[-1][1] >= whole - tolerance:
             return GraftSearch(*trials[-1], trials)
-    trials.append((1.0, float(score(expert))))
+    trials.append((1.0, whole))
     return GraftSearch(*trials[-1], trials)

@@ -108,7 +108,9 @@ def check_grams(base: Weights, experts: Sequence[Weights], grams: Sequence[Weigh
                     raise IncompatibleWeights(f"{key!r}: Gram {shapes}, expected [{width}, {width}]")
     known = any(key in table for table in grams for name in names for key in (name, name + TRANSPOSED))
     if not part and names and not known:
-        raise ValueError(f"grams have none of the model's weights, but {', '.join(list(grams[0])[:3])}; {source}")
+        raise ValueError(
+            f"grams have none of the model's weights, but {', '.join(list(grams[0])[:3]) or 'nothing'}; {source}"
+        )
 
 
 def _is_linear(layer: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from notebook_kit.catalog import method
 from notebook_kit.merging.average import average
+from notebook_kit.merging.scored import scored
 from notebook_kit.weights import Weights, check
 
 Score = Callable[[dict[str, Tensor]], float]
@@ -35,13 +36,14 @@ def greedy_ingredients(
 
     Raises:
         IncompatibleWeights: keys, shapes or dtypes differ.
+        ValueError: a score is NaN.
     """
     check(base, experts)
-    alone = [float(score(average(base, [expert]))) for expert in experts]
+    alone = [scored(score, average(base, [expert])) for expert in experts]
     order = sorted(range(len(experts)), key=lambda i: -alone[i])
     joined, best = [order[0]], alone[order[0]]
     for i in order[1:]:
-        new = float(score(average(base, [experts[j] for j in (*joined, i)])))
+        new = scored(score, average(base, [experts[j] for j in (*joined, i)]))
         if new > best or (new == best and not strict):
             joined.append(i)
             best = new

@@ -62,7 +62,7 @@ class _Nothing(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.importance.base[name]
         kind = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        return torch.zeros(1, dtype=kind).expand(tensor.numel())
+        return torch.zeros(1, dtype=kind, device=tensor.device).expand(tensor.numel())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.importance)
@@ -125,7 +125,7 @@ def mask_of(
 ) -> Bool[Tensor, "..."]:
     """Say which edits of one tensor are kept; all of them where the tensor has no curvature."""
     if v is None or density == 1:
-        return torch.ones(delta.shape, dtype=torch.bool)
+        return torch.ones_like(delta, dtype=torch.bool)
     first = name if name in trim else next(other for other in trim if place(base[other]) == place(base[name]))
     rule, s = trim[first], score_of(delta, v, by).reshape(-1)
     mask = s > max(rule.just_under(s.dtype), 0.0)

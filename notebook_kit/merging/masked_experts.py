@@ -17,12 +17,13 @@ from notebook_kit.weights import at_least_float32
 
 def pack(mask: Bool[Tensor, "*shape"]) -> UInt8[Tensor, " bytes"]:
     """Eight booleans a byte; the last byte is filled up with zeros."""
-    return torch.from_numpy(np.packbits(mask.reshape(-1).numpy()))
+    return torch.from_numpy(np.packbits(mask.reshape(-1).cpu().numpy())).to(mask.device)
 
 
 def unpack(bits: UInt8[Tensor, " bytes"], shape: Sequence[int]) -> Bool[Tensor, "..."]:
     """The mask of a shape again."""
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape))).bool().reshape(tuple(shape))
+    mask = torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=math.prod(shape))).bool()
+    return mask.reshape(tuple(shape)).to(bits.device)
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ class MaskedExperts:
     def densities(self) -> list[float]:
         """Share of the weights that each expert's mask keeps."""
         d = sum(tensor.numel() for tensor in self.merged.values())
-        return [sum(int(np.bitwise_count(b.numpy()).sum()) for b in of.values()) / max(1, d) for of in self.bits]
+        return [sum(int(np.bitwise_count(b.cpu().numpy()).sum()) for b in of.values()) / max(1, d) for of in self.bits]
 
     def claims(self) -> dict[str, Tensor]:
         """How many experts claim each weight: 0 is catastrophic, 1 selfish."""
-        counts = {name: torch.zeros(tensor.shape, dtype=torch.int64) for name, tensor in self.merged.items()}
+        counts = {name: torch.zeros_like(tensor, dtype=torch.int64) for name, tensor in self.merged.items()}
         for i in range(len(self)):
             for name, mask in self.mask(i).items():
                 counts[name] += mask

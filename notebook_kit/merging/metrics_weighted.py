@@ -37,7 +37,9 @@ Form = Annotated[str, Choice("linear", "power", "softmax")]
 Penalty = Annotated[float, Range(0, 10)]
 
 
-def select_checkpoints(count: int, *, n_last: int = 10, stride: int = 1) -> list[int]:
+def select_checkpoints(
+    count: int, *, n_last: Annotated[int, Range(1, 100)] = 10, stride: Annotated[int, Range(1, 20)] = 1
+) -> list[int]:
     """Choose the last checkpoints.
 
     Args:
@@ -47,7 +49,11 @@ def select_checkpoints(count: int, *, n_last: int = 10, stride: int = 1) -> list
 
     Returns:
         Their indices, ascending.
+
+    Raises:
+        ValueError: n_last or stride is out of range.
     """
+    validate(hyperparameters(select_checkpoints), {"n_last": n_last, "stride": stride})
     return list(range(count - 1, -1, -stride))[:n_last][::-1]
 
 

@@ -108,7 +108,7 @@ def model_stock(
 def _row_by_row(base: Weights, experts: Sequence[Weights], mean_of: str, clamp: bool) -> Rule:
     def rule(name: str, theta_0: Tensor, thetas: list[Tensor]) -> Tensor:
         gram = _gram(name, base, experts, by_row=True)
-        t = interpolation(mean_cosine(gram, mean_of), len(experts), clamp).to(theta_0.dtype)
+        t = interpolation(mean_cosine(gram, mean_of), len(experts), clamp).to(theta_0)
         if t.ndim:  # one t a row
             t = t.reshape(-1, *[1] * (theta_0.ndim - 1))
         result = (1 - t) * theta_0
@@ -130,4 +130,4 @@ def _gram(name: str, base: Weights, experts: Sequence[Weights], by_row: bool = F
         where = slice(start, start + step)
         tau = torch.stack([at_least_float32(expert[name][where]).flatten(1) - rows[where] for expert in experts], dim=1)
         products.append((tau @ tau.mT).double())
-    return torch.cat(products) if products else torch.zeros(0, len(experts), len(experts), dtype=torch.float64)
+    return torch.cat(products) if products else rows.new_zeros(0, len(experts), len(experts)).double()

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from notebook_kit.hyperparameters import Choice, Range, hyperparameters, validate
 from notebook_kit.merging.flat_space import Flat, FlatSpace
 from notebook_kit.merging.niches import Scores, attraction, coverage, diversity, fitness, mix
 from notebook_kit.weights import Weights, check
@@ -52,16 +54,19 @@ class NicheArchive:
         experts: Sequence[Weights],
         *,
         score_points: Callable[[dict[str, Tensor]], Tensor],
-        pop_size: int = 20,
-        alpha: float = 1.0,
+        pop_size: Annotated[int, Range(2, 1024)] = 20,
+        alpha: Annotated[float, Range(0, 4)] = 1.0,
         matchmaker: bool = True,
         splitpoint: bool = True,
         crossover: bool = True,
-        angle: str = "global",
-        mutation_std: float = 0.0,
-        children: int = 1,
-        seed: int = 0,
+        angle: Annotated[str, Choice("global", "part")] = "global",
+        mutation_std: Annotated[float, Range(0, 1)] = 0.0,
+        children: Annotated[int, Range(1, 1024)] = 1,
+        seed: Annotated[int, Range(0, 2**31 - 1)] = 0,
     ):
+        settings = {"pop_size": pop_size, "alpha": alpha, "matchmaker": matchmaker, "splitpoint": splitpoint}
+        settings |= {"crossover": crossover, "angle": angle, "mutation_std": mutation_std, "children": children}
+        validate(hyperparameters(NicheArchive), settings | {"seed": seed})
         check(base, experts)
         if len(experts) > pop_size:
             raise ValueError(f"pop_size must be at least the number of experts, {len(experts)}, got {pop_size} (m2n2)")
@@ -71,8 +76,8 @@ class NicheArchive:
         self._generator = torch.Generator().manual_seed(seed)
         first = self.space.flatten(experts)
         scores = self.evaluate(first)
-        self.flat = torch.zeros(pop_size, first.shape[1], dtype=first.dtype)
-        self.scores = torch.zeros(pop_size, scores.shape[1])
+        self.flat = first.new_zeros(pop_size, first.shape[1])
+        self.scores = scores.new_zeros(pop_size, scores.shape[1])
         self.evaluations, self.births, self.history = 0, [], []
         for row, score in zip(first, scores, strict=True):
             self.insert(row, score)
@@ -84,7 +89,14 @@ class NicheArchive:
         if stacked is not None and len(flat) > 1:
             scores = stacked(self.space, flat)
         else:
-            scores = torch.stack([self._score(self.space.weights(row)) for row in flat])
+            rows = [self._score(self.space.weights(row)) for row in flat]
+            kinds = {str(list(row.shape)) if isinstance(row, Tensor) else type(row).__name__ for row in rows}
+            if len(kinds) > 1 or not isinstance(rows[0], Tensor):
+                got = ", ".join(sorted(kinds))
+                raise TypeError(
+                    f"score_points must give a tensor of scores [points], as long for all models, got {got}"
+                )
+            scores = torch.stack(rows)
         scores = scores.to(torch.float32)
         if scores.ndim != 2 or not bool(((scores >= 0) & (scores <= 1)).all()):
             shape, low, high = list(scores.shape), float(scores.min()), float(scores.max())
@@ -119,7 +131,7 @@ class NicheArchive:
         a, b = self.flat[pairs[:, 0]], self.flat[pairs[:, 1]]
         child = mix(a, b, w, k, self.angle) if self.crossover else a.clone()
         if self.mutation_std:
-            child += self.mutation_std * torch.randn(child.shape, generator=self._generator)
+            child += self.mutation_std * torch.randn(child.shape, generator=self._generator).to(child)
         scores = self.evaluate(child)
         places = [self.insert(row, score) for row, score in zip(child, scores, strict=True)]
         story = zip(pairs.tolist(), w.tolist(), k.tolist(), scores, places, strict=True)
@@ -146,7 +158,7 @@ class NicheArchive:
     def _draw(self, chances: Float[Tensor, " models"]) -> int:
         if float(chances.sum()) == 0:  # nothing is solved by anybody: all who are there are equal
             chances = (self.flat != 0).any(1).float() if bool(self.flat.any()) else torch.ones(len(chances))
-        return int(torch.multinomial(chances, 1, generator=self._generator))
+        return int(torch.multinomial(chances.cpu(), 1, generator=self._generator))
 
     def _note(self) -> None:
         each = self.scores.mean(1)

@@ -49,13 +49,13 @@ def mix(a: Flat, b: Flat, w: Float[Tensor, " models"], k: Int[Tensor, " models"]
         k: split point of each pair; d or more is no split.
         angle: Ω between the whole vectors, "global", or between their parts, "part".
     """
-    d = a.shape[1]
+    d, w, k = a.shape[1], w.to(a.device), k.to(a.device)
     if angle == "global" or int(k.min()) >= d:
         dots, norms = (a * b).sum(1), a.norm(dim=1) * b.norm(dim=1)
         first = _coefficients(dots, norms, w)
         second = _coefficients(dots, norms, 1 - w)
     else:
-        before = torch.arange(d) < k[:, None]
+        before = torch.arange(d, device=a.device) < k[:, None]
         parts = []
         for mask, t in ((before, w), (~before, 1 - w)):
             x, y = a * mask, b * mask

@@ -36,7 +36,7 @@ class Objective:
         seed: of the rows drawn.
 
     Raises:
-        ValueError: no task, an empty list, or a model that is missing for a task.
+        ValueError: no task, an empty list or batch, or a model that is missing for a task.
     """
 
     def __init__(
@@ -58,6 +58,9 @@ class Objective:
         for task, data in self.batches.items():
             if not data:
                 raise ValueError(f"batches of task {task!r} are an empty list: give at least one batch")
+            for batch in data:
+                if _count(batch) == 0:
+                    raise ValueError(f"batches of task {task!r} hold a batch without rows")
             if task not in self.models:
                 raise ValueError(f"model has no entry for task {task!r}, only {', '.join(self.models)}")
         self.loss = task_loss or default_loss(loss, heads or {})
@@ -107,8 +110,9 @@ class Objective:
             yield
 
     def _rows(self, batch):
-        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
-        n = len(next(value for value in values if isinstance(value, Tensor)))
+        n = _count(batch)
+        if n is None:
+            raise ValueError(f"batch_size needs batches of tensors, from which rows can be drawn, got {_brief(batch)}")
         rows = torch.randint(n, (min(self.batch_size, n),), generator=self._generator)
 
         def take(value):
@@ -120,23 +124,25 @@ class Objective:
 
 
 def run(model: nn.Module, weights: Weights, batch):
-    """The model's output for a batch, with these weights in place of its own."""
+    """The model's output for a batch, with these weights in place of its own; buffers pass on no gradient."""
+    buffers = {name for name, _ in model.named_buffers()}  # running statistics, which torch does not differentiate
+    given = {name: tensor.detach() if name in buffers else tensor for name, tensor in weights.items()}
     if isinstance(batch, Mapping):
-        return functional_call(model, dict(weights), (), dict(batch))
-    return functional_call(model, dict(weights), (batch[0] if isinstance(batch, tuple) else batch,))
+        return functional_call(model, given, (), dict(batch))
+    return functional_call(model, given, (batch[0] if isinstance(batch, tuple) else batch,))
 
 
 def default_loss(loss: str, heads: Mapping[str, slice]) -> TaskLoss:
     """The loss called "entropy" or "cross_entropy", on the part of the logits that belongs to the task."""
 
     def entropy(output, batch, task: str) -> Tensor:
-        return mean_entropy(_logits(output)[..., heads.get(task, slice(None))], _mask(batch))
+        return mean_entropy(_own(output, heads, task), _mask(batch))
 
     def cross_entropy(output, batch, task: str) -> Tensor:
         own = getattr(output, "loss", None)
         if own is not None and task not in heads:
             return own
-        logits = _logits(output)[..., heads.get(task, slice(None))]
+        logits = _own(output, heads, task)
         return F.cross_entropy(logits.flatten(0, -2), _labels(batch, task).flatten())
 
     return {"entropy": entropy, "cross_entropy": cross_entropy}[loss]
@@ -158,6 +164,21 @@ def _logits(output) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"the model must return logits or an output with .logits, got {_brief(output)}; give task_loss")
     return logits
+
+
+def _own(output, heads: Mapping[str, slice], task: str) -> Tensor:
+    """The task's slice of the logits."""
+    logits = _logits(output)
+    own = logits[..., heads.get(task, slice(None))]
+    if own.shape[-1] == 0:
+        raise ValueError(f"heads[{task!r}] is {heads.get(task)}, which holds none of the {logits.shape[-1]} logits")
+    return own
+
+
+def _count(batch) -> int | None:
+    """Rows of a batch: of its first tensor with an axis; None where there is none."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), None)
 
 
 def _labels(batch, task: str) -> Tensor:

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from notebook_kit.merging.election import Taus
-from notebook_kit.merging.selection import chunks, kth_largest, without_tied
+from notebook_kit.merging.ranks import kth_largest
+from notebook_kit.merging.selection import chunks, without_tied
 from notebook_kit.weights import Weights, float_keys
 
 Row = Float[Tensor, " n"]

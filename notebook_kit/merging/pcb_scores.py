@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from notebook_kit.hyperparameters import hyperparameters, validate
+from notebook_kit.merging.pcb import pcb
 from notebook_kit.merging.pcb_balance import Levels, Scoring, levels_of
 from notebook_kit.weights import Weights, at_least_float32, check, float_keys
 
@@ -54,6 +56,8 @@ def pcb_scores(
     Raises:
         IncompatibleWeights, ValueError: as `pcb`.
     """
+    settings = {"density": density, "clip": clip, "intra": intra, "inter": inter, "power": power, "scope": scope}
+    validate(hyperparameters(pcb), settings)
     check(base, experts)
     scoring = Scoring(intra, inter, len(experts) if power is None else power)
     if levels is None:
@@ -68,5 +72,5 @@ def pcb_scores(
             [scoring.kept(tau, i, levels[name]) for i in range(len(tau))],
         )
         for into, scores in zip(found, rows, strict=True):
-            into[name] = torch.stack(scores).reshape(-1, *base[name].shape)
+            into[name] = torch.stack(scores).reshape(len(experts), *base[name].shape)
     return PcbScores(*found)

@@ -64,5 +64,5 @@ def random_weights(base: Weights, count: int, *, std: float = 0.01, seed: int = 
         seed: of the draws.
     """
     generator, space = torch.Generator().manual_seed(seed), FlatSpace(base)
-    rows = [std * torch.randn(len(space), generator=generator) for _ in range(count)]
+    rows = [std * torch.randn(len(space), generator=generator).to(space.device) for _ in range(count)]
     return [{name: tensor.clone() for name, tensor in space.weights(row).items()} for row in rows]

@@ -50,13 +50,13 @@ class PulledBack:
 
     def _alone(self, z: Tensor, p: Tensor | None, vectors: slice) -> Tensor:
         n, positions, outputs = z.shape
-        index = torch.arange(positions * outputs)[vectors]
+        index = torch.arange(positions * outputs, device=z.device)[vectors]
         position, c = index // outputs, index % outputs
         row = F.one_hot(c, outputs).to(z).expand(n, -1, -1)
         if p is not None:
             row = (row - p[:, position]) * p[:, position, c].sqrt()[..., None]
         u = z.new_zeros(n, len(index), positions, outputs)
-        u[:, torch.arange(len(index)), position] = row
+        u[:, torch.arange(len(index), device=z.device), position] = row
         return u
 
     def _at_once(self, p: Tensor | None, answers: Tensor) -> Tensor:

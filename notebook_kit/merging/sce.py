@@ -23,7 +23,8 @@ from torch import Tensor
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Range
 from notebook_kit.merging import selection
-from notebook_kit.merging.selection import chunks, kth_largest
+from notebook_kit.merging.ranks import kth_largest
+from notebook_kit.merging.selection import chunks
 from notebook_kit.weights import Weights, at_least_float32, check
 
 
@@ -41,7 +42,7 @@ def select(name: str, base: Weights, experts: Sequence[Weights], density: float)
     """
     if density >= 1:
         return None
-    variance = torch.empty(base[name].numel(), dtype=at_least_float32(base[name].reshape(-1)[:0]).dtype)
+    variance = at_least_float32(base[name].reshape(-1)[:0]).new_empty(base[name].numel())
     for where, _, tau in chunks(name, base, experts):
         # The buffer is ours until the next piece; torch.var over so few rows is many times slower.
         torch.mean(tau.sub_(tau.mean(dim=0)).square_(), dim=0, out=variance[where])
@@ -94,9 +95,9 @@ def sce(
             continue
         selected = select(name, base, experts, density)
         w = calculate(_selected(name, base, experts, selected), len(experts), tensor.numel(), floor)
-        out = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        out = tensor.new_empty(tensor.numel())
         for where, theta_0, tau in _selected(name, base, experts, selected):
-            out[where] = _merge(tau, w.to(tau.dtype)[:, None], erase).mul_(scale).add_(theta_0)
+            out[where] = _merge(tau, w.to(tau)[:, None], erase).mul_(scale).add_(theta_0)
         result[name] = out.reshape(tensor.shape)
     return result
 
@@ -105,7 +106,7 @@ def calculate(walk: Iterator[tuple], n_experts: int, n: int, floor: float = 0.0)
     """One weight for each expert: its mean square over the tensor, by the sum of all."""
     squares = torch.zeros(n_experts, dtype=torch.float64)
     for _, _, tau in walk:
-        squares += torch.linalg.vecdot(tau, tau)
+        squares += torch.linalg.vecdot(tau, tau).cpu()
     squares /= max(1, n)
     total = float(squares.sum())
     return squares / total if total > floor else torch.full_like(squares, 1 / n_experts)

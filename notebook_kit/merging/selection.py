@@ -1,7 +1,7 @@
-"""The k-th largest magnitude of a task vector, exactly, in one pass over memory.
+"""What is kept of each expert: the largest magnitudes of its task vector, of which exactly as many as were asked for.
 
-A sample brackets the threshold; one pass counts what lies above the bracket and keeps what lies inside; the answer is
-selected among those few. The task vector itself, as large as the model, never exists.
+The threshold is the k-th largest magnitude (`ranks`), found in one pass over memory. The task vector itself, as
+large as the model, never exists.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from notebook_kit.merging import ranks
 from notebook_kit.weights import Weights, at_least_float32, float_keys
 
 CHUNK = 1 << 17  # elements: a few such buffers stay in a core's cache
-SAMPLE = 1 << 16
-EVERYTHING = (-float("inf"), float("inf"))
 
 
 @dataclass(frozen=True)
@@ -69,35 +68,13 @@ def chunks(name: str, base: Weights, experts: Sequence[Weights]) -> Iterator[tup
     """Walk one tensor in pieces: (where, θ₀ there [n], task vectors there [experts, n]); the buffer is reused."""
     whole = base[name].reshape(-1)
     thetas = [expert[name].reshape(-1) for expert in experts]
-    kind = at_least_float32(whole[:0]).dtype
-    buffer = torch.empty(len(experts), min(CHUNK, len(whole)), dtype=kind)
+    buffer = at_least_float32(whole[:0]).new_empty(len(experts), min(CHUNK, len(whole)))
     for start in range(0, len(whole), CHUNK):
         where = slice(start, min(start + CHUNK, len(whole)))
-        tau, theta_0 = buffer[:, : where.stop - start], whole[where].to(kind)
+        tau, theta_0 = buffer[:, : where.stop - start], whole[where].to(buffer.dtype)
         for row, theta in zip(tau, thetas, strict=True):
-            torch.sub(theta[where].to(kind), theta_0, out=row)
+            torch.sub(theta[where].to(buffer.dtype), theta_0, out=row)
         yield where, theta_0, tau
-
-
-def kth_largest(pieces: Callable[[], Iterable[Tensor]], d: int, ks: Sequence[int]) -> list[float]:
-    """The k-th largest of d values that come in pieces, for each k: exact, in two walks, a few of them in memory.
-
-    Args:
-        pieces: starts a walk over the values; asked again for each walk, so each walk must give the same.
-        d: number of values, at least 1.
-        ks: ranks, 1 is the largest.
-    """
-    brackets = [EVERYTHING]
-    if d > 4 * SAMPLE:
-        generator = torch.Generator().manual_seed(0)
-
-        def take(m):
-            return m[torch.randint(len(m), (SAMPLE * len(m) // d + 1,), generator=generator)]
-
-        sample = torch.cat([take(m) for m in pieces() if len(m)])
-        brackets = [_around(sample, k / d) for k in ks]
-    counted = _count(pieces, brackets)
-    return [_kth(pieces, k, *counted[i if len(brackets) > 1 else 0])[0] for i, k in enumerate(ks)]
 
 
 def _select(base: Weights, expert: Weights, names: list[str], count: Callable[[int], int]) -> Trim:
@@ -108,22 +85,16 @@ def _select(base: Weights, expert: Weights, names: list[str], count: Callable[[i
         return Trim(float("inf"))
     if k == d:
         return Trim(0.0)
-    bracket = _bracket(base, expert, sizes, k / d) if d > 4 * SAMPLE else EVERYTHING
+    bracket = _bracket(base, expert, sizes, k / d) if d > 4 * ranks.SAMPLE else ranks.EVERYTHING
 
     def magnitudes():
         return _magnitudes(base, expert, names)
 
-    threshold, above, inside = _kth(magnitudes, k, *_count(magnitudes, [bracket])[0])
+    threshold, above, inside = ranks.settle(magnitudes, k, *ranks.tally(magnitudes, [bracket])[0])
     at_least = above + int((inside >= threshold).sum())
     if at_least == k or threshold == 0:
         return Trim(threshold)
     return Trim(threshold, _drop_first(base, expert, names, threshold, surplus=at_least - k))
-
-
-def _kth(pieces: Callable[[], Iterable[Tensor]], k: int, above: int, inside: Tensor) -> tuple[float, int, Tensor]:
-    if not above < k <= above + len(inside):  # the sample misled us: look at everything
-        above, inside = _count(pieces, [EVERYTHING])[0]
-    return float(inside.kthvalue(len(inside) - (k - above) + 1).values), above, inside
 
 
 def _bracket(base: Weights, expert: Weights, sizes: dict[str, int], density: float) -> tuple[float, float]:
@@ -133,41 +104,16 @@ def _bracket(base: Weights, expert: Weights, sizes: dict[str, int], density: flo
     for name, size in sizes.items():
         if size == 0:
             continue
-        take = torch.randint(size, (SAMPLE * size // total + 1,), generator=generator)
+        take = torch.randint(size, (ranks.SAMPLE * size // total + 1,), generator=generator)
         theta_0, theta = (at_least_float32(weights[name]).reshape(-1)[take] for weights in (base, expert))
         parts.append((theta - theta_0).abs())
-    return _around(torch.cat(parts), density)
-
-
-def _around(sample: Tensor, share: float) -> tuple[float, float]:
-    sample = sample.sort(descending=True).values
-    n = len(sample)
-    slack = 6 * (share * (1 - share) / n) ** 0.5
-    first, last = int((share - slack) * n), int((share + slack) * n) + 1
-    low, high = EVERYTHING
-    return (
-        float(sample[last]) if last < n else low,
-        float(sample[min(first, n - 1)]) if first > 0 else high,
-    )
+    return ranks.bracket_of(torch.cat(parts), density)
 
 
 def _magnitudes(base: Weights, expert: Weights, names: list[str]) -> Iterator[Tensor]:
     for name in names:
         for _, _, tau in chunks(name, base, [expert]):
             yield tau[0].abs_()
-
-
-def _count(pieces: Callable[[], Iterable[Tensor]], brackets: Sequence[tuple[float, float]]) -> list[tuple[int, Tensor]]:
-    """For each bracket: how many values exceed it, and those inside, both ends included."""
-    above, inside = [0] * len(brackets), [[] for _ in brackets]
-    for m in pieces():
-        for i, (low, high) in enumerate(brackets):
-            if (low, high) == EVERYTHING:
-                inside[i].append(m.clone())
-                continue
-            above[i] += int(torch.count_nonzero(m > high))
-            inside[i].append(m[(m >= low).logical_and_(m <= high)])
-    return [(count, torch.cat(parts)) for count, parts in zip(above, inside, strict=True)]
 
 
 def _drop_first(base: Weights, expert: Weights, names: list[str], threshold: float, surplus: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.merging.masked_experts import MaskedExperts, pack
 from notebook_kit.merging.multitask import claimed, per_expert, statistics, vectors
+from notebook_kit.merging.scored import scored
 from notebook_kit.merging.selection import Trim, trims
 from notebook_kit.merging.ties import keep_largest
 from notebook_kit.weights import Weights, check, float_keys
@@ -112,7 +113,7 @@ def choose_thresholds(
         One threshold an expert, and the scores [grid, experts].
 
     Raises:
-        ValueError: an empty grid.
+        ValueError: an empty grid, or a score that is NaN.
         IncompatibleWeights: as `tall_masks`.
     """
     if not grid:
@@ -120,7 +121,7 @@ def choose_thresholds(
     table = []
     for threshold in grid:
         masked = tall_masks(base, experts, threshold=threshold, base_merge=base_merge, density=density)
-        table.append([float(score(masked.expert(i), i)) for i in range(len(experts))])
+        table.append([scored(score, masked.expert(i), i) for i in range(len(experts))])
     best = [max(range(len(grid)), key=lambda row, i=i: table[row][i]) for i in range(len(experts))]
     return [grid[row] for row in best], table
 
@@ -133,8 +134,8 @@ def _masked(base, experts, rule: Callable | list[dict[str, Trim]], base_merge, d
     merged, bits = {}, [{} for _ in experts]
     for name in float_keys(base):
         tensor = base[name]
-        out = torch.empty(tensor.numel(), dtype=tensor.dtype)
-        masks = torch.empty(len(experts), tensor.numel(), dtype=torch.bool)
+        out = tensor.new_empty(tensor.numel())
+        masks = tensor.new_empty(len(experts), tensor.numel(), dtype=torch.bool)
         drop = None if callable(rule) else [of_expert[name].drop.get(name, 0) for of_expert in rule]
         for where, _, tau, multitask in vectors(name, base, experts, **seen):
             out[where] = multitask

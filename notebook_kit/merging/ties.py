@@ -123,7 +123,7 @@ def ties(
             result[name] = tensor.clone()
             continue
         oracle = None if signs is None else _oracle(signs, name, tensor)
-        out = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        out = tensor.new_empty(tensor.numel())
         for where, theta_0, tau in trimmed(name, base, experts, trim, factors):
             gamma = None
             if oracle is not None:
@@ -163,7 +163,7 @@ def lengths(base: Weights, experts: Sequence[Weights], trim: Sequence[dict], sco
     once, ones = set(without_tied(base)), [1.0] * len(experts)
     squares, total = {}, torch.zeros(len(experts), dtype=torch.float64)
     for name in float_keys(base):
-        parts = [tau.double().square().sum(dim=1) for _, _, tau in trimmed(name, base, experts, trim, ones)]
+        parts = [tau.double().square().sum(dim=1).cpu() for _, _, tau in trimmed(name, base, experts, trim, ones)]
         squares[name] = sum(parts, torch.zeros_like(total))
         total += squares[name] if name in once else 0
     return {name: (total if scope == "model" else square).sqrt().tolist() for name, square in squares.items()}

@@ -6,6 +6,7 @@ from typing import Annotated, NamedTuple
 import torch
 
 from notebook_kit.hyperparameters import Range, hyperparameters, validate
+from notebook_kit.merging.scored import scored
 from notebook_kit.weights import Weights
 
 
@@ -45,7 +46,7 @@ def search_weights(
         WeightSearch: the best weights (of equally good ones the first), their score, and all trials.
 
     Raises:
-        ValueError: fewer than two experts, or a setting out of range.
+        ValueError: fewer than two experts, a setting out of range, or a score that is NaN.
 
     Source:
         Matena and Raffel, 2021, arXiv 2111.09832, section 4; mmatena/model_merging, merging.py.
@@ -60,6 +61,6 @@ def search_weights(
         # Exponential draws, divided by their sum, are Dirichlet(1).
         draws = -torch.rand(n_points, len(experts), generator=generator, dtype=torch.float64).clamp(min=1e-300).log()
         shares = (draws / draws.sum(dim=1, keepdim=True)).tolist()
-    trials = [(weights, score(merge(base, experts, weights=weights, **settings))) for weights in shares]
-    weights, best = max(trials, key=lambda trial: float(trial[1]))
+    trials = [(weights, scored(score, merge(base, experts, weights=weights, **settings))) for weights in shares]
+    weights, best = max(trials, key=lambda trial: trial[1])
     return WeightSearch(weights, best, trials)

@@ -8,6 +8,7 @@ from notebook_kit.merging import (
     IncompatibleWeights,
     adamerging,
     adamerging_path,
+    frank_wolfe,
     load,
     merge_files,
     save,
@@ -168,6 +169,42 @@ def test_files_merge_as_the_whole_model_does(tmp_path):
     assert unchanged(adamerging(models[0], models[1:], **settings), load(tmp_path / "merged.safetensors"))
 
 
+class Normed(nn.Module):
+    """A batch norm between two layers: its running statistics are floating buffers of the state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.norm, self.answer = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.answer(self.norm(self.read(x)).relu())
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer"])
+def test_running_statistics_are_merged_but_teach_nothing(granularity):
+    torch.manual_seed(0)
+    models = [Normed() for _ in range(3)]
+    for model in models[1:]:
+        model(torch.randn(50, 4) * 2 + 1)  # moves its running statistics
+    base, *experts = (model.state_dict() for model in models)
+    before, data = copies(base), odd_data()
+    path = adamerging_path(base, experts, model=models[0], batches=data, steps=5, lr=0.05, granularity=granularity)
+    assert path.losses[-1].sum() < path.losses[0].sum()
+    merged, shares = path.merged(), path.coefficients[-1]
+    column = path.layers.index("norm.running_mean") if granularity == "layer" else 0
+    if granularity == "layer":
+        assert (shares[:, column] == path.coefficients[0][:, column]).all()  # no gradient
+    expected = base["norm.running_mean"] + sum(
+        share * (expert["norm.running_mean"] - base["norm.running_mean"])
+        for share, expert in zip(shares[:, column], experts, strict=True)
+    )
+    torch.testing.assert_close(merged["norm.running_mean"], expected)
+    assert merged["norm.num_batches_tracked"] == base["norm.num_batches_tracked"]
+    walked = frank_wolfe(base, experts, model=models[0], batches=data, steps=3, granularity=granularity)
+    assert all(torch.isfinite(tensor.float()).all() for tensor in walked.values())
+    assert unchanged(before[0], models[0].state_dict())  # the model's own statistics did not move
+
+
 # ---------------------------------------------------------------- what it refuses
 def test_bad_input_is_named():
     base, experts, data = odd_weights(0), experts_of(2), odd_data()
@@ -183,6 +220,12 @@ def test_bad_input_is_named():
         go(batches={})
     with pytest.raises(ValueError, match="batches of task 'a' are an empty list"):
         go(batches={"a": []})
+    with pytest.raises(ValueError, match="batches of task 'a' hold a batch without rows"):
+        go(batches={"a": [torch.randn(2, 4), torch.randn(0, 4)]})
+    with pytest.raises(ValueError, match="batch_size needs batches of tensors, from which rows can be drawn, got dict"):
+        go(batches={"a": {"x": 3}}, batch_size=2)
+    with pytest.raises(ValueError, match=r"heads\['north'\] is slice\(5, 6, None\), which holds none of the 3 logits"):
+        go(heads={"north": slice(5, 6)})
     with pytest.raises(ValueError, match="model has no entry for task 'south', only north"):
         go(model={"north": Odd()})
     with pytest.raises(ValueError, match="cross_entropy needs labels: give task 'a'"):
@@ -193,5 +236,12 @@ def test_bad_input_is_named():
         go(task_loss=lambda output, batch, task: output)
     with pytest.raises(ValueError, match="loss must be one of 'entropy', 'cross_entropy'"):
         go(loss="hinge")
+    for settings, text in (
+        ({"granularity": "tensor"}, "granularity must be one of 'task', 'layer'"),
+        ({"steps": -1}, "steps must be in"),
+        ({"density": 1.5}, "density must be in"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            adamerging_path(base, experts, model=Odd(), batches=data, **settings)
     with pytest.raises(TypeError, match="must return logits"):
         Objective(Odd(), data).loss("nothing", data["north"], "north")

@@ -17,6 +17,8 @@ MERGES = {
     "task_arithmetic": task_arithmetic,
     "slerp": slerp,
     "slerp of the model": functools.partial(slerp, scope="model"),
+    "slerp by row": functools.partial(slerp, scope="row"),
+    "slerp of task vectors": functools.partial(slerp, space="task_vectors"),
     "ties": functools.partial(ties, density=0.5),
     "ties by tensor": functools.partial(ties, density=0.5, scope="tensor"),
     "ties by count": functools.partial(ties, density=0.5, elect="count", combine="max"),

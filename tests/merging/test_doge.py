@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notebook_kit.merging import doge, doge_details, doge_experts, load, merge_files, save
+from notebook_kit.merging import adamerging, adamerging_path, doge, doge_details, doge_experts, load, merge_files, save
 from notebook_kit.merging.doge_descent import Objective, coefficients, descend, shared_subspace
 
 OPTIONS = {"subspace": 4, "steps": 40, "lr": 1e-2, "project": "grad", "shared_delta": True, "optimizer": "adam"}
@@ -229,6 +229,8 @@ def test_a_task_that_never_moved_and_a_name_misspelt():
         doge_details(base, experts, step=3)
     with pytest.raises(ValueError, match=r"lr must be in"):
         doge_experts(base, experts, lr=1.0)
+    with pytest.raises(ValueError, match=r"transposed must be a regular expression, got '\(': missing"):
+        doge(base, experts, transposed="(")
 
 
 def test_merge_files_streams_it(tmp_path):
@@ -238,3 +240,63 @@ def test_merge_files_streams_it(tmp_path):
     whole = doge(base, experts, steps=20)
     for name, tensor in load(out).items():
         torch.testing.assert_close(tensor, whole[name])
+
+
+# ---------------------------------------------------------------- followed by AdaMerging
+class Two(torch.nn.Module):
+    """Reads with two matrices of `models`, and has its other tensors."""
+
+    def __init__(self, weights):
+        super().__init__()
+        for name, tensor in weights.items():
+            if "." not in name:
+                tensor = tensor.clone()
+                self.register_parameter(name, torch.nn.Parameter(tensor)) if tensor.is_floating_point() else (
+                    self.register_buffer(name, tensor)
+                )
+        self.embed_tokens = torch.nn.Embedding.from_pretrained(weights["embed_tokens.weight"], freeze=False)
+
+    def forward(self, x):
+        return 0.1 * (self.s * (x @ self.w.T + self.b) @ self.v.T)
+
+
+def entropy_run(base, count=3):
+    batches = {str(i): random(70 + i, 30, 6) for i in range(count)}
+    return {"model": Two(base), "batches": batches, "lr": 1e-2}
+
+
+def test_adamerging_learns_the_coefficients_of_adjusted_experts():
+    base, experts = models()
+    adjusted = doge_experts(base, experts, shared_delta=False, subspace=3, steps=20, lr=1e-2, eta=0.3, density=0.5)
+    path = adamerging_path(base, adjusted, steps=15, scale=0.3, **entropy_run(base))
+    # it starts at the plain sum of what DOGE adjusted
+    for name in base:
+        expected = base[name].float() + 0.3 * sum(expert[name].float() - base[name].float() for expert in adjusted)
+        torch.testing.assert_close(path.merged(0)[name].float(), expected, rtol=1e-4, atol=1e-5)
+    assert path.losses[-1].sum() < path.losses[0].sum() - 0.01
+    # only what DOGE treats has a task vector, so only its coefficients move, and the rest stays at the base
+    moved = (path.coefficients[-1] - path.coefficients[0]).abs().amax(0)
+    assert {name for name, size in zip(path.layers, moved.tolist(), strict=True) if size > 0} == {"w", "v"}
+    merged = path.merged()
+    assert all(torch.equal(merged[name], base[name]) for name in base if name not in ("w", "v"))
+    assert torch.equal(adamerging(base, adjusted, steps=15, scale=0.3, **entropy_run(base))["w"], merged["w"])
+
+
+def test_a_single_task_and_no_step_of_either_is_the_trimmed_expert():
+    base, experts = models(1)
+    adjusted = doge_experts(base, experts, shared_delta=False, subspace=1, steps=0, density=0.5)
+    merged = adamerging(base, adjusted, steps=0, scale=1.0, **entropy_run(base, 1))
+    kept = {name: merged[name] != base[name] for name in ("w", "v")}
+    assert sum(int(mask.sum()) for mask in kept.values()) == (8 * 6 + 6 * 8) // 2
+    for name, mask in kept.items():
+        torch.testing.assert_close(merged[name][mask], experts[0][name][mask])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_both_in_half_precision(dtype):
+    base, experts = models(2, dtype=dtype)
+    adjusted = doge_experts(base, experts, shared_delta=False, subspace=2, steps=10, density=0.5)
+    run = entropy_run({name: t.float() if t.is_floating_point() else t for name, t in base.items()}, 2)
+    merged = adamerging(base, adjusted, steps=3, **run)
+    assert all((merged[name].dtype, merged[name].shape) == (t.dtype, t.shape) for name, t in base.items())
+    assert all(torch.isfinite(t.float()).all() for t in merged.values())

@@ -220,3 +220,5 @@ def test_a_search_needs_something_to_weigh():
         search_weights(average, ZERO, PAIR[:1], score=lambda merged: 0.0)
     with pytest.raises(ValueError, match="n_points must be in"):
         search_weights(average, ZERO, PAIR, score=lambda merged: 0.0, n_points=1)
+    with pytest.raises(ValueError, match=r"score .* gave NaN"):
+        search_weights(average, ZERO, PAIR, score=lambda merged: float("nan"))

@@ -241,3 +241,10 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="cross_entropy needs labels"):
         frank_wolfe({"0.weight": torch.zeros(2, 3)}, [{"0.weight": torch.ones(2, 3)}],
                     model=nn.Sequential(nn.Linear(3, 2, bias=False)), batches={"t": torch.zeros(1, 3)})  # fmt: skip
+    for wrong, text in (
+        ({"oracle": "cosine"}, "oracle must be one of"),
+        ({"granularity": "tensor"}, "granularity must be one of 'task', 'layer'"),
+        ({"stepz": 3}, "did you mean 'steps'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            frank_wolfe_path(CORNERS[0], CORNERS, **BOWL, **wrong)

@@ -17,6 +17,7 @@ from notebook_kit.merging import (
     graft_density,
     graft_masks,
     merge_files,
+    ranks,
     restore_moment,
     selection,
     squared_gradients,
@@ -123,7 +124,7 @@ def test_pieces_and_brackets_change_nothing(monkeypatch):
     base, expert, v = model(0), model(1), moments_of(1)
     whole = graft_masks(base, [expert], moments=[v], density=0.3)[0]
     monkeypatch.setattr(selection, "CHUNK", 7)
-    monkeypatch.setattr(selection, "SAMPLE", 16)
+    monkeypatch.setattr(ranks, "SAMPLE", 16)
     again = graft_masks(base, [expert], moments=[v], density=0.3)[0]
     assert all(torch.equal(again[key], whole[key]) for key in whole)
 
@@ -189,6 +190,8 @@ def test_what_does_not_fit_is_named():
         fast_fisher_graft(base, [expert], moments=[{"x": torch.ones(1)}])
     with pytest.raises(ValueError, match=r"density must be in \[0, 1\], got 1.5 \(fast_fisher_graft\)"):
         fast_fisher_graft(base, [expert], moments=[v], density=1.5)
+    with pytest.raises(ValueError, match="importance must be one of 'fisher', 'magnitude', 'curvature', got 'size'"):
+        graft_masks(base, [expert], moments=[v], importance="size")
 
 
 # ---------------------------------------------------------------- the search
@@ -204,6 +207,8 @@ def test_the_smallest_density_that_will_do():
     assert [density for density, _ in found.trials] == [0.1, 0.2, 0.3]
     exact = graft_density(base, expert, moments=v, score=score, tolerance=0.0, densities=(0.5,))
     assert (exact.density, exact.score) == (1.0, pytest.approx(1))
+    with pytest.raises(ValueError, match=r"score .* gave NaN"):
+        graft_density(base, expert, moments=v, score=lambda weights: float("nan"))
 
 
 # ---------------------------------------------------------------- moments

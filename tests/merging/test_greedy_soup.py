@@ -61,6 +61,11 @@ def test_files_are_scored_whole(tmp_path):
     assert seen == [{"a", "b"}] * 3
 
 
+def test_a_score_that_is_no_number():
+    with pytest.raises(ValueError, match=r"score .* gave NaN for a merged model"):
+        greedy_soup(BASE, runs([1.0, 0.0], [2.0, 0.0]), score=lambda weights: float("nan"))
+
+
 def test_no_expert():
     with pytest.raises(ValueError, match="at least one state dict"):
         greedy_soup(BASE, [], score=near([0.0, 0.0]))

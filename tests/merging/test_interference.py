@@ -15,6 +15,7 @@ from notebook_kit.merging import (
     della,
     merge_files,
     pcb,
+    ranks,
     selection,
     task_arithmetic,
     ties,
@@ -97,7 +98,7 @@ def test_one_expert_or_ten(fn, kwargs, count):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_files_give_what_memory_gives(fn, kwargs, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "CHUNK", 8)
-    monkeypatch.setattr(selection, "SAMPLE", 8)
+    monkeypatch.setattr(ranks, "SAMPLE", 8)
     models = [model(seed, dtype) for seed in range(3)]
     paths = [save(weights, tmp_path / f"m{i}.safetensors") for i, weights in enumerate(models)]
     out = merge_files(fn, paths[0], paths[1:], tmp_path / "out.safetensors", progress=False, **kwargs)

@@ -252,6 +252,11 @@ def test_bad_input_is_named():
         m2n2(ROW, rows(*torch.eye(6)[:3].tolist()), score_points=points, pop_size=2)
     with pytest.raises(ValueError, match=r"scores in \[0, 1\] .*, got \[1, 6\] in \[2, 2\]"):
         m2n2(ROW, rows([0.0] * 6), score_points=lambda weights: weights["w"] + 2)
+    with pytest.raises(TypeError, match=r"must give a tensor of scores \[points\], as long for all models, got float"):
+        m2n2(ROW, rows([0.0] * 6), score_points=lambda weights: 0.5)
+    lengths = iter((3, 4))
+    with pytest.raises(TypeError, match=r"as long for all models, got \[3\], \[4\]"):
+        m2n2(ROW, rows([0.0] * 6, [1.0] * 6), score_points=lambda weights: torch.ones(next(lengths)))
     with pytest.raises(IncompatibleWeights, match="shape"):
         m2n2(ROW, [{"w": torch.zeros(5)}], score_points=points)
     with pytest.raises(ValueError, match="angle must be one of 'global', 'part'"):
@@ -291,3 +296,17 @@ def test_tied_parameters_are_one_stretch_and_stay_equal():
     assert torch.equal(merged["embed.weight"], merged["read.weight"])
     loose = PointScores(Tied(False), x, y).stacked(space, space.flatten([one, two]))
     assert torch.equal(loose, PointScores(model, x, y).stacked(space, space.flatten([one, two])))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"angle": "parts"}, "angle must be one of 'global', 'part'"),
+        ({"alpha": -1.0}, "alpha must be in"),
+        ({"children": 0}, "children must be in"),
+        ({"pop_size": 1}, "pop_size must be in"),
+    ],
+)
+def test_an_archive_is_asked_for_as_the_merge_is(wrong, text):
+    with pytest.raises(ValueError, match=text):
+        NicheArchive(ROW, rows([0.0] * 6), score_points=points, **wrong)

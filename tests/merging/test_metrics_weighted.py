@@ -110,6 +110,10 @@ def test_bad_input_is_named():
         checkpoint_weights([1.0], form="cubic")
     with pytest.raises(ValueError, match=r"penalty must be in \[0, 10\], got -1"):
         checkpoint_weights([1.0], penalty=-1.0)
+    with pytest.raises(ValueError, match=r"stride must be in \[1, 20\], got 0 \(select_checkpoints\)"):
+        select_checkpoints(5, stride=0)
+    with pytest.raises(ValueError, match=r"n_last must be in \[1, 100\], got -1"):
+        select_checkpoints(5, n_last=-1)
     with pytest.raises(IncompatibleWeights, match="in base but not in"):
         metrics_weighted(base, [{"n": torch.tensor(0)}], metrics=[1])
     with pytest.raises(ValueError, match="no LoRA factors to multiply among w, n"):

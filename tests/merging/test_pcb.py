@@ -213,3 +213,14 @@ def test_what_the_search_refuses():
         pcb_search(base, experts, float, budget=0)
     with pytest.raises(ValueError, match="density must be in"):
         pcb_search(base, experts, lambda weights: 0.0, density=2.0)
+
+
+def test_scores_are_asked_for_as_the_merge_is():
+    base, experts = rows_of(12)
+    for wrong, text in (({"intra": "linear"}, "intra must be one of 'exp'"), ({"inter": "all"}, "inter must be")):
+        with pytest.raises(ValueError, match=text):
+            pcb_scores(base, experts, **wrong)
+    shapes = {"w": torch.randn(3, 2), "empty": torch.zeros(0, 3), "scalar": torch.tensor(1.0)}
+    scores = pcb_scores(shapes, [{name: t + 1 for name, t in shapes.items()}] * 2)
+    assert {name: tuple(s.shape) for name, s in scores.kept.items()} == {"w": (2, 3, 2), "empty": (2, 0, 3),
+                                                                         "scalar": (2,)}  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notebook_kit.merging import load, merge_files, save, sce, selection
+from notebook_kit.merging import load, merge_files, ranks, save, sce, selection
 from notebook_kit.merging.sce import calculate, select
 
 
@@ -69,7 +69,7 @@ def test_it_is_the_plain_form(count, seed, density, erase):
 
 
 def test_many_positions_are_selected_through_a_sample(monkeypatch):
-    monkeypatch.setattr(selection, "SAMPLE", 64)
+    monkeypatch.setattr(ranks, "SAMPLE", 64)
     monkeypatch.setattr(selection, "CHUNK", 100)
     rows = torch.randn(3, 2000)
     for density in (0.01, 0.3, 0.97):

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notebook_kit.merging import selection
-from notebook_kit.merging.selection import kth_largest, trims
+from notebook_kit.merging import ranks
+from notebook_kit.merging.ranks import kth_largest
+from notebook_kit.merging.selection import trims
 
 
 @given(st.integers(0, 10**6), st.integers(1, 700), st.booleans(), st.data())
@@ -21,7 +22,7 @@ def test_it_is_exact_however_it_is_sampled(seed, d, integers, data):
         return walks.append(1) or iter(values.split(50))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "SAMPLE", 16)
+        patch.setattr(ranks, "SAMPLE", 16)
         found = kth_largest(pieces, d, ks)
     ordered = values.sort(descending=True).values
     assert found == [float(ordered[k - 1]) for k in ks]

@@ -33,7 +33,7 @@ def test_where_there_is_no_arc_the_line_is_taken():
     torch.testing.assert_close(near, torch.tensor([1.0, 5e-5]))
 
 
-@given(st.floats(0, 1), st.integers(0, 10**6), st.sampled_from(["tensor", "model"]))
+@given(st.floats(0, 1), st.integers(0, 10**6), st.sampled_from(["tensor", "row", "model"]))
 @settings(deadline=None, max_examples=40)
 def test_ends_norms_and_the_way_back(t, seed, scope):
     g = torch.Generator().manual_seed(seed)
@@ -70,6 +70,33 @@ def test_one_angle_for_the_model_or_one_for_each_tensor():
     assert model_cosine(base, [a, b], scope="tensor") == {}
     given_angle = slerp({"x": base["x"]}, [{"x": a["x"]}, {"x": b["x"]}], scope="model", cos_omega=0.5)
     torch.testing.assert_close(given_angle["x"], by_model["x"])
+
+
+def test_rows_have_their_own_angles():
+    a, b = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 2.0], [2.0, 4.0], [2.0, 0.0]])
+    ours = slerp({"w": torch.zeros(3, 2)}, [{"w": a}, {"w": b}], scope="row")["w"]
+    expected = torch.tensor([[0.7071, 1.4142], [1.5, 3.0], [1.0, 0.0]])  # an arc, and two lines
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    kernels = [{"w": torch.randn(3, 2, 2, 2)} for _ in range(3)]
+    whole = slerp(kernels[0], kernels[1:], t=0.3, scope="row")["w"]
+    for i in range(3):  # a row of a kernel is an output unit
+        row = slerp({"w": kernels[0]["w"][i]}, [{"w": k["w"][i]} for k in kernels[1:]], t=0.3)["w"]
+        torch.testing.assert_close(whole[i], row)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row", "model"])
+def test_between_task_vectors_the_base_is_the_centre(scope):
+    base, *experts = ({"w": torch.randn(4, 5), "b": torch.randn(4)} for _ in range(3))
+    ours = slerp(base, experts, t=0.3, scope=scope, space="task_vectors")
+    zero = {name: torch.zeros_like(tensor) for name, tensor in base.items()}
+    taus = [{name: expert[name] - base[name] for name in base} for expert in experts]
+    for name, change in slerp(zero, taus, t=0.3, scope=scope).items():
+        torch.testing.assert_close(ours[name], base[name] + change, rtol=1e-4, atol=1e-5)
+    for end, expert in ((0, experts[0]), (1, experts[1])):
+        reached = slerp(base, experts, t=end, scope=scope, space="task_vectors")
+        torch.testing.assert_close(reached["w"], expert["w"], rtol=1e-4, atol=1e-5)
+    lone = slerp(base, [base, experts[1]], t=0.25, scope=scope, space="task_vectors")["w"]  # no angle: the line
+    torch.testing.assert_close(lone, base["w"] + 0.25 * taus[1]["w"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

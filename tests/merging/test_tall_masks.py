@@ -148,6 +148,8 @@ def test_thresholds_are_chosen_for_each_expert():
         assert same(masked.expert(i), tall_masks(base, experts, threshold=threshold).expert(i))
     with pytest.raises(ValueError, match="grid must hold at least one threshold"):
         choose_thresholds(base, experts, score, grid=())
+    with pytest.raises(ValueError, match=r"score .* gave NaN"):
+        choose_thresholds(base, experts, lambda weights, i: float("nan"))
 
 
 def test_names_and_places():

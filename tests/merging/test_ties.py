@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notebook_kit.merging import selection, ties
+from notebook_kit.merging import ranks, selection, ties
 from notebook_kit.merging.ties import statistics
 from notebook_kit.weights import IncompatibleWeights
 from tests.merging import plain
@@ -21,7 +21,7 @@ ROWS = [{"w": row} for row in T]
 def small_pieces(monkeypatch):
     """Small enough that every path of the selection runs: chunks that end inside tensors, samples, brackets."""
     monkeypatch.setattr(selection, "CHUNK", 7)
-    monkeypatch.setattr(selection, "SAMPLE", 16)
+    monkeypatch.setattr(ranks, "SAMPLE", 16)
 
 
 def merged(*rows, **settings):
@@ -275,7 +275,7 @@ def test_the_bracketed_threshold_is_the_exact_one(seed, density, integers):
     tau = torch.randint(-9, 10, (500,), generator=g).float() if integers else torch.randn(500, generator=g)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "CHUNK", 64)
-        patch.setattr(selection, "SAMPLE", 32)
+        patch.setattr(ranks, "SAMPLE", 32)
         trim = selection._select({"w": torch.zeros(500)}, {"w": tau}, ["w"], lambda d: int(density * d))
     k = int(density * 500)
     if k == 0:
@@ -291,11 +291,11 @@ def test_a_sample_that_misleads_costs_time_and_nothing_else(bracket, small_piece
     base = {"w": torch.zeros(300)}
     experts = [{"w": torch.randn(300)} for _ in range(2)]
     calls = []
-    count = selection._count
+    tally = ranks.tally
     monkeypatch.setattr(selection, "_bracket", lambda *_: bracket)
-    monkeypatch.setattr(selection, "_count", lambda m, brackets: calls.extend(brackets) or count(m, brackets))
+    monkeypatch.setattr(ranks, "tally", lambda m, brackets: calls.extend(brackets) or tally(m, brackets))
     result = ties(base, experts, density=0.3)
-    assert calls == [bracket, selection.EVERYTHING] * 2
+    assert calls == [bracket, ranks.EVERYTHING] * 2
     torch.testing.assert_close(result["w"], plain.ties(base, experts, density=0.3)["w"])
 
 

@@ -8,10 +8,11 @@ On random weights, on trained ones, and on real architectures.
 import pytest
 import torch
 
-from notebook_kit.merging import doge, isotropic, opcm, task_singular_vectors
+from notebook_kit.merging import adamerging_path, doge, doge_experts, isotropic, opcm, task_singular_vectors
 from notebook_kit.merging.matrices import matrix_names
 from notebook_kit.models import tiny
 from notebook_kit.zoo import digit_labels
+from tests.parity.test_merge_search import plain_adamerging
 
 
 def nearest(a):
@@ -85,8 +86,8 @@ def opcm_of(base, experts, alpha):
     return merged
 
 
-def doge_of(base, experts, *, eta, subspace, density, steps, lr, shared=True):
-    """Autograd, torch's Adam, and the mask over one long vector; matrices only."""
+def doge_parts_of(base, experts, *, eta, subspace, density, steps, lr, shared=True):
+    """Autograd, torch's Adam, and the mask over one long vector; matrices only: λ_i and m_i ⊙ (τ_i + Δ_i) by name."""
     names = [name for name in base if name in matrix_names(base, "linear")]
     taus = {name: torch.stack([expert[name] - base[name] for expert in experts]) for name in names}
     n, deltas, lambdas = len(experts), {}, {}
@@ -111,10 +112,16 @@ def doge_of(base, experts, *, eta, subspace, density, steps, lr, shared=True):
     long = torch.stack([torch.cat([taus[name][i].reshape(-1) for name in names]) for i in range(n)])
     keep = int(density * long.shape[1])
     edge = long.abs().sort(dim=1, descending=True).values[:, keep - 1]
+    masks = {name: taus[name].abs() >= edge[:, None, None] for name in names}
+    return lambdas, {name: (taus[name] + deltas[name]) * masks[name] for name in names}
+
+
+def doge_of(base, experts, **settings):
+    """Each adjusted task vector by its own λ_i."""
+    lambdas, adjusted = doge_parts_of(base, experts, **settings)
     merged = {name: tensor.clone() for name, tensor in base.items()}
-    for name in names:
-        mask = taus[name].abs() >= edge[:, None, None]
-        merged[name] += (lambdas[name][:, None, None] * (taus[name] + deltas[name]) * mask).sum(0)
+    for name, moved in adjusted.items():
+        merged[name] += (lambdas[name][:, None, None] * moved).sum(0)
     return merged
 
 
@@ -173,6 +180,31 @@ def test_doge(models, shared, density):
     ours = doge(base, experts[:3], **settings, shared_delta=shared)
     # Adam's first steps go by the sign of the gradient alone, so that rounding is seen where a gradient is nearly 0.
     close(ours, doge_of(base, experts[:3], **settings, shared=shared), base, tolerance=1e-3)
+
+
+def test_doge_followed_by_adamerging():
+    """The variant with learned coefficients: one Δ for each task, then AdaMerging written out, in float64."""
+    g = torch.Generator().manual_seed(3)
+    shapes = {"0.weight": (12, 8), "0.bias": (12,), "2.weight": (5, 12), "2.bias": (5,)}
+    base, *experts = ({n: torch.randn(s, generator=g) * 0.4 for n, s in shapes.items()} for _ in range(4))
+    batches = [torch.randn(20, 8, generator=g) for _ in range(3)]
+    settings = {"eta": 0.3, "subspace": 3, "density": 0.6, "steps": 20, "lr": 1e-2}
+    _, moved = doge_parts_of(base, experts, shared=False, **settings)
+    reference = [{n: t + moved[n][i] if n in moved else t for n, t in base.items()} for i in range(3)]
+    adjusted = doge_experts(base, experts, shared_delta=False, **settings)
+    for ours, theirs in zip(adjusted, reference, strict=True):
+        close(ours, theirs, base)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Tanh(), torch.nn.Linear(12, 5))
+    options = {"scale": 0.3, "lr": 0.02, "steps": 15}
+    path = adamerging_path(base, adjusted, model=model, batches={str(i): x for i, x in enumerate(batches)}, **options)
+
+    def forward(theta, x):
+        hidden = torch.tanh(x @ theta["0.weight"].T + theta["0.bias"])
+        return hidden @ theta["2.weight"].T + theta["2.bias"]
+
+    lambdas = plain_adamerging(base, reference, forward, batches, layer_wise=True, **options)
+    treated = [i for i, name in enumerate(path.layers) if name in moved]
+    torch.testing.assert_close(path.coefficients[-1][:, treated].double(), lambdas[:, treated], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_llama, tiny.tiny_gpt2, tiny.tiny_vit, tiny.tiny_mixtral, tiny.tiny_t5])

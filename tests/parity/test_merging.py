@@ -179,6 +179,19 @@ def test_slerp_is_mergekits(t):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("scope", "flatten"), [("tensor", True), ("row", False)])
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_slerp_of_task_vectors_is_mergekits_nuslerp(t, scope, flatten):
+    """It takes the line only where two directions are one to 1e-8, we from 1.8 degrees on: these are further apart."""
+    theirs = pytest.importorskip("mergekit.merge_methods.nuslerp").nuslerp
+    base, a, b = torch.randn(3, 6, 9)
+    expected = base + theirs(t, a - base, b - base, flatten=flatten)
+    ours = slerp({"w": base}, [{"w": a}, {"w": b}], t=t, scope=scope, space="task_vectors")["w"]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    plain = slerp({"w": base}, [{"w": a}, {"w": b}], t=t, scope=scope)["w"]
+    torch.testing.assert_close(plain, theirs(t, a, b, flatten=flatten), rtol=1e-4, atol=1e-5)
+
+
 def test_dare_with_rescale_norm_is_mergekits(monkeypatch):
     sparsify = pytest.importorskip("mergekit.sparsify")
     tau = torch.randn(30, 20)
