@@ -107,7 +107,8 @@ assert torch.allclose(same(x), seed_expert(x), atol=1e-6)
 #
 # Digits, eight experts of 8 hidden units, 160 steps in all, three seeds. *Switch* is top-1 from the first step.
 # *Dense to sparse* cools from 2 to 0.1 over 80 % of its steps. *EvoMoE* spends a fifth of the steps on one expert
-# first. There is **no balance loss**: for now: we want to see what the schedule does alone.
+# first. There is **no balance loss** for now: we want to see what the schedule does alone. (The paper also compares
+# with BASE, hash layers and StableMoE. You meet these in lesson 21.)
 
 
 # %%

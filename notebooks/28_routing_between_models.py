@@ -186,10 +186,20 @@ label = best_expert(x, y)
 direct = train(seeded(partial(MLP, [64, 32, 8]), 1), (x, label), 200, 1e-2, size=128)
 chosen = direct(x_test).argmax(1)
 sample = torch.randperm(len(x_test), generator=torch.Generator().manual_seed(0))[:1500]
-jitter = {
-    name: numbers.neighbour_agreement(x_test[sample], labels[sample])
-    for name, labels in (("category", kinds_test), ("best expert", best_expert(x_test, y_test)))
-}
+two_labels = {"category": kinds_test, "best expert": best_expert(x_test, y_test)}
+jitter = {name: numbers.neighbour_agreement(x_test[sample], labels[sample]) for name, labels in two_labels.items()}
+
+# %% [markdown]
+# See for yourself: 800 prompts in the plane of their largest variance. Switch `label`. Categories lie in patches. The
+# best experts are strewn among each other, although every point is where it was.
+
+# %%
+from notebook_kit.figures.prompts import prompt_view
+
+few = sample[:800]
+words = {"category": views, "best expert": list(roster)}
+named = {name: [words[name][i] for i in labels[few].tolist()] for name, labels in two_labels.items()}
+explore(prompt_view, numbers.plane(x_test[few]), named, jitter)
 
 # %% [markdown]
 # It does jump. Does it hurt? Look at the accuracy: many experts are right together, so that a wrong choice costs
@@ -296,10 +306,17 @@ result.round(2)
 
 # %% [markdown]
 # How do the others do? *ERM* is the student before meta-training, *ERM, longer* the same with as many more steps. The
-# mean of the experts' answers is poor: at each new angle most of them are wrong.
+# mean of the experts' answers is poor: at each new angle most of them are wrong. *Aggregator* answers by the head it
+# was pretrained with: good, but it needs all experts for every picture. The last two take the step without
+# meta-training, towards the aggregate or towards the plain mean of the experts' features.
 
 
 # %%
+class Mean(nn.Module):
+    def forward(self, tokens):
+        return tokens.mean(1)
+
+
 @torch.no_grad()
 def accuracies(answer):
     return {name: (answer(x).argmax(1) == y).float().mean().item() for name, (x, y) in unseen.items()}
@@ -307,7 +324,10 @@ def accuracies(answer):
 
 others = {"ERM": accuracies(plain_student), "ERM, longer": accuracies(longer)}
 others["mean of experts"] = accuracies(lambda x: torch.stack([t(x) for t in teachers]).mean(0))
+others["aggregator"] = accuracies(lambda x: reader(untrained.target(x)))
 others["step, no meta-training"] = numbers.adaptation_table(untrained, unseen)["after"].to_dict()
+untrained.aggregator = Mean()
+others["step to the mean"] = numbers.adaptation_table(untrained, unseen)["after"].to_dict()
 pd.DataFrame(others).mean().round(2).to_frame("mean over four unseen angles")
 
 # %% [markdown]
@@ -697,7 +717,8 @@ about = {"x": "vision expert", "y": "question", "label": "share of pictures"}
 LiveFigure(figures.expert_share_figure(written, title="Letters that the model writes", **about))
 
 # %% [markdown]
-# And the answers: with the letters it wrote, with all experts, with none, and with as many at random.
+# And the answers: with the letters it wrote, with the experts that lowered the loss of most such questions before
+# (*oracle*), with all, with none, and with as many at random.
 
 
 # %%
@@ -706,7 +727,13 @@ def correct(said):
 
 
 shuffled = told.mask[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-masks = {"all experts": torch.ones_like(told.mask), "no expert": torch.zeros_like(told.mask), "random": shuffled}
+useful = torch.tensor(oracle.loc[texts].to_numpy() > 0.5)
+masks = {
+    "oracle": useful,
+    "all experts": torch.ones_like(told.mask),
+    "no expert": torch.zeros_like(told.mask),
+    "random": shuffled,
+}
 table = {"written letters": correct(told)} | {name: correct(mova(images, texts, mask=m)) for name, m in masks.items()}
 table = pd.DataFrame(table).groupby(texts, sort=False).mean()
 table.loc["mean"] = table.mean()

@@ -14,12 +14,12 @@ from notebook_kit.mixtures.expert_serving import expert_batches, expert_cache
 from notebook_kit.mixtures.expert_slices import join_experts, slice_experts
 from notebook_kit.mixtures.fine_grained_losses import device_balance_loss, expert_balance_loss
 from notebook_kit.mixtures.glider import Glider, character_ngrams, global_scale
+from notebook_kit.mixtures.k_shot_data import nearest_data
 from notebook_kit.mixtures.k_shot_experts import KShotExperts
 from notebook_kit.mixtures.k_shot_selection import (
     adapter_similarity,
     answer_perplexity,
     diverse_group,
-    nearest_data,
     score_adapters,
     shortlist,
 )

@@ -175,7 +175,8 @@ def stack_prototypes(prototypes: Prototypes) -> dict[str, Float[Tensor, "experts
     """Turn each expert's own rows (layer to v [d_in]) into each layer's; zeros where an expert has none."""
     rows = {name: row for own in prototypes for name, row in own.items()}
     return {
-        name: torch.stack([own.get(name, torch.zeros_like(row)) for own in prototypes]) for name, row in rows.items()
+        name: torch.stack([own.get(name, torch.zeros_like(row)).to(row) for own in prototypes])
+        for name, row in rows.items()
     }
 
 

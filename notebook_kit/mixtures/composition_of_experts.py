@@ -74,7 +74,7 @@ class CompositionOfExperts(nn.Module):
         self.experts, self.category_router = nn.ModuleList(experts), category_router
         counted = [sum(p.numel() for p in expert.parameters()) for expert in experts]
         self.sizes = [float(size) for size in (counted if sizes is None else sizes)]
-        self.scores, self.traffic, self.threshold = scores.detach().clone(), traffic, threshold
+        self.scores, self.traffic, self.threshold = scores.detach().clone().cpu(), traffic, threshold
         self._asked = general
         self.general: int | None = None
         self.composition = self.recompose(budget)

@@ -87,13 +87,21 @@ class ContrastiveMoE(nn.Module):
             Embeddings, not normalised.
 
         Raises:
-            ValueError: a domain that does not exist, or none given and none in the text.
+            ValueError: a domain that does not exist, or none given and none in the text; ids or a mask that do not fit.
         """
         domains = input_ids[:, 0] - self.first_domain_id if domains is None else domains
         if len(domains) != len(input_ids) or (len(domains) and not _inside(domains, self.n_experts)):
             raise ValueError(
                 f"each of {len(input_ids)} texts needs a domain in [0, {self.n_experts - 1}]: give domains=, or begin "
                 f"the text with the token {self.first_domain_id} + domain (ContrastiveMoE)"
+            )
+        known = self.first_domain_id + self.n_experts
+        if input_ids.numel() and not (0 <= int(input_ids.min()) and int(input_ids.max()) < known):
+            raise ValueError(f"token ids must be in [0, {known - 1}], domain tokens included (ContrastiveMoE)")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of the ids {list(input_ids.shape)}, got "
+                f"{list(attention_mask.shape)} (ContrastiveMoE)"
             )
         if not len(input_ids):
             return self.head(self.encoder.get_input_embeddings().weight[:0])

@@ -27,19 +27,17 @@ Source: Dai et al. 2024, sections 3.1 to 3.3; the shared expert's gate σ(u · w
 from dataclasses import replace
 from typing import Annotated
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
-from notebook_kit.mixtures.deepseek_gates import router_of
-from notebook_kit.mixtures.expert_slices import slice_experts
+from notebook_kit.mixtures.deepseek_copies import cut_mixture, wrap_block
 from notebook_kit.mixtures.fine_grained_losses import device_balance_loss
 from notebook_kit.mixtures.moe import MoE
 from notebook_kit.mixtures.slices import SwiGLU
 from notebook_kit.mixtures.swiglu import SwiGLUExperts
-from notebook_kit.routers import LossFreeBias, TopK
+from notebook_kit.routers import LossFreeBias
 
 
 @method(family="mixtures", paper="deepseekmoe")
@@ -149,41 +147,9 @@ class DeepSeekMoE(MoE):
         Raises:
             ValueError: it lacks a gate, fused experts or shared experts.
         """
-        children = dict(block.named_children())
-        shared = children.get("shared_experts", children.get("shared_expert"))
-        gate, fused = children.get("gate"), children.get("experts")
-        if shared is None or not hasattr(gate, "top_k") or not hasattr(fused, "gate_up_proj"):
-            raise ValueError(
-                f"{type(block).__name__} must have a `gate`, fused `experts` and `shared_experts`, it has "
-                f"{', '.join(children)} (DeepSeekMoE)"
-            )
-        routed, d_model = gate.weight.shape
-        thin, sigmoid = fused.down_proj.shape[-1], hasattr(gate, "e_score_correction_bias")
-        # Qwen's shared expert may have a width of its own: then it counts as one.
-        width = shared.gate_proj.out_features
-        n_shared = width // thin if width % thin == 0 else 1
-        with torch.random.fork_rng(devices=[]):
-            made = cls(
-                d_model,
-                thin,
-                routed + n_shared,
-                k=gate.top_k + n_shared,
-                granularity=1,
-                n_shared=n_shared,
-                scores="sigmoid" if sigmoid else "softmax",
-                normalize=bool(getattr(gate, "norm_topk_prob", False)),
-                routed_scaling_factor=float(getattr(gate, "routed_scaling_factor", 1.0)),
-            )
-        made.experts.gate_up, made.experts.down = fused.gate_up_proj, fused.down_proj
-        made.experts.activation = made.shared.act_fn = fused.act_fn
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            getattr(made.shared, name).weight = getattr(shared, name).weight
-        made.shared_gate = children.get("shared_expert_gate")
-        made.router = router_of(gate, made.router)
-        return made.train(block.training)
+        return wrap_block(cls, block)
 
     @classmethod
-    @torch.no_grad()
     def from_moe(cls, moe: MoE, granularity: int = 4) -> "DeepSeekMoE":
         """Cut the experts of a trained top-k mixture; the new layer computes the same, and can be trained on.
 
@@ -197,31 +163,7 @@ class DeepSeekMoE(MoE):
         Raises:
             ValueError: other experts or another router.
         """
-        if not isinstance(moe.experts, SwiGLUExperts) or not isinstance(moe.router, TopK):
-            raise ValueError(
-                f"from_moe cuts SwiGLUExperts behind a TopK router, got {type(moe.experts).__name__} behind "
-                f"{type(moe.router).__name__} (DeepSeekMoE)"
-            )
-        if moe.router.capacity_factor is not None:
-            raise ValueError("DeepSeekMoE drops no token: the router has a capacity_factor, set it to None first")
-        n_experts, d_model, width = moe.experts.down.shape
-        experts = slice_experts(moe.experts, granularity=granularity)
-        with torch.random.fork_rng(devices=[]):
-            made = cls(
-                d_model,
-                width,
-                n_experts,
-                k=moe.router.k,
-                granularity=granularity,
-                n_shared=0,
-                normalize=moe.router.normalize,
-                routed_scaling_factor=float(granularity),
-                balance_coef=min(moe.router.balance_coef * moe.router.k, 1.0),
-            )
-        made.experts = experts
-        made.router.weight = nn.Parameter(moe.router.weight.repeat_interleave(granularity, 0))
-        made.router.to(moe.router.weight.device)
-        return made.train(moe.training)
+        return cut_mixture(cls, moe, granularity)
 
     def extra_repr(self) -> str:
         return f"n_shared={self.n_shared}, device_groups={self.device_groups}, device_coef={self.device_coef:g}"

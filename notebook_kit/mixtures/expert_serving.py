@@ -74,7 +74,7 @@ def expert_cache(
     Raises:
         ValueError: a negative expert.
     """
-    experts = [int(expert) for expert in sequence]
+    experts = sequence.tolist() if isinstance(sequence, Tensor) else list(sequence)
     if min(experts, default=0) < 0:
         raise ValueError(f"experts must be numbered from 0, got {min(experts)} (expert_cache)")
     following, later = [math.inf] * len(experts), {}
@@ -136,7 +136,14 @@ def expert_batches(
         batch_size: most tokens in a batch.
         policy: "arrival" takes whoever waits longest; "expert" takes the expert that most are waiting for (of equals
             the one waited for longest), and nobody else.
+
+    Raises:
+        ValueError: choices that are no table, or a negative expert.
     """
+    if choices.ndim != 2 or (choices.numel() and int(choices.min()) < 0):
+        raise ValueError(
+            f"choices must be [requests, tokens] of experts numbered from 0, got {list(choices.shape)} (expert_batches)"
+        )
     table, n_tokens = choices.tolist(), choices.shape[1]
     queue = [(request, 0, 0) for request in range(len(table))] if n_tokens else []  # request, position, ready since
     batches, experts, waits = [], [], []

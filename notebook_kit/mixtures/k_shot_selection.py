@@ -1,15 +1,14 @@
-"""What K examples of a task can tell: which LoRAs to take, how to keep them different, which open data is near.
+"""What K examples of a task can tell: which LoRAs to take, and how to keep them different.
 
 1. score   acc_m: share of right answers;  ppl_m = mean_k exp( -1/|y_k| Σ_j log P_m(y_kj | ...) ) over answer tokens
 2. group   the n that minimise  Σ_{pairs} Σ_{tensors} |cos(vec A_a, vec A_b)|, A and B each a tensor of its own
-3. data    the nearest to q = mean of the shots' unit embeddings; then of near-duplicates only the nearest to q
 
 An expert that guesses letters has a fair accuracy and a bad perplexity of the reasoning: so both count. A negated copy
 of an expert is still its copy: so |cos|.
 
-Source: Yang et al. 2024, sections 3.2 and 3.3, and the official scripts compute_ppl, group_diversity and data_aug. How
-accuracy and perplexity are combined is not in the code: here by ranks, with a weight. The scripts' perplexity ends in
-an undefined name, and their nearest set is not sorted before the duplicates go: here it is, so the nearest stays.
+Source: Yang et al. 2024, sections 3.2 and 3.3, and the official scripts compute_ppl and group_diversity. How accuracy
+and perplexity are combined is not in the code: here by ranks, with a weight. The scripts' perplexity ends in an
+undefined name. For the open data see `k_shot_data`.
 """
 
 import math
@@ -91,7 +90,16 @@ def shortlist(
 
     Returns:
         Indices; of equals the one of lower perplexity first, then the lower index.
+
+    Raises:
+        ValueError: an expert whose figures are no numbers.
     """
+    broken = torch.isnan(accuracy) | torch.isnan(perplexity)
+    if broken.any():
+        raise ValueError(
+            f"expert {int(broken.nonzero()[0])} has accuracy or perplexity NaN: it gives no numbers on the shots; "
+            "leave it out of the bank (shortlist)"
+        )
     better = (accuracy[None] > accuracy[:, None]).sum(1), (perplexity[None] < perplexity[:, None]).sum(1)
     ranks = weight * better[0] + (1 - weight) * better[1]
     keys = zip(ranks.tolist(), perplexity.tolist(), range(len(ranks)), strict=True)
@@ -108,16 +116,16 @@ def adapter_similarity(experts: Sequence[Source]) -> Float[Tensor, "experts expe
         ValueError: two ranks in one layer: such factors have no cosine.
     """
     bank = read_bank(experts)
-    total = torch.zeros(len(bank), len(bank))
+    total = 0
     for name in sorted({name for expert in bank for name in expert.factors}):
         for side in (0, 1):
             parts = [expert.factors[name][side] if name in expert.factors else None for expert in bank]
             like = next(part for part in parts if part is not None)
             if any(part is not None and part.shape != like.shape for part in parts):
                 raise ValueError(f"{name}: experts of different ranks or sizes cannot be compared factor by factor")
-            rows = torch.stack([torch.zeros_like(like) if part is None else part for part in parts]).flatten(1)
-            rows = F.normalize(rows.float(), dim=1)
-            total += (rows @ rows.T).abs()
+            rows = torch.stack([torch.zeros_like(like) if part is None else part.to(like) for part in parts])
+            rows = F.normalize(rows.flatten(1).float(), dim=1)
+            total = total + (rows @ rows.T).abs()
     return total
 
 
@@ -143,44 +151,18 @@ def diverse_group(
     n = min(n_experts, len(candidates))
     if diversity == "none" or n <= 1 or n == len(candidates):
         return list(candidates)[:n]
-    index = torch.as_tensor(list(candidates))
+    index = torch.as_tensor(list(candidates), device=similarity.device)
     pairs = similarity[index][:, index].double() * (1 if diversity == "most" else -1)
     pairs = pairs - torch.diag(pairs.diagonal())
     if math.comb(len(index), n) <= EXHAUSTIVE:
-        groups = torch.combinations(torch.arange(len(index)), n)
+        groups = torch.combinations(torch.arange(len(index), device=similarity.device), n)
         sums = sum(pairs[groups[:, i], groups[:, j]] for i in range(n) for j in range(i + 1, n))
         best = groups[int((sums <= sums.min() + 1e-12).nonzero()[0])].tolist()
     else:
-        cost = pairs + torch.diag(torch.full((len(index),), torch.inf, dtype=pairs.dtype))
+        cost = pairs.clone().fill_diagonal_(torch.inf)
         best = [*divmod(int(cost.argmin()), len(index))]
         while len(best) < n:
             added = pairs[best].sum(0)
             added[best] = torch.inf
             best.append(int(added.argmin()))
     return [int(index[i]) for i in sorted(best)]
-
-
-def nearest_data(
-    data: Float[Tensor, "samples d"],
-    shots: Float[Tensor, "shots d"],
-    *,
-    n_data: Annotated[int, Range(0, 10_000_000)] = 1000,
-    dedup_distance: Annotated[float, Range(0, 2)] = 0.1,
-) -> Int[Tensor, " kept"]:
-    """Fetch the open samples nearest to the shots, without near-duplicates.
-
-    Args:
-        data: embeddings of the open data.
-        shots: embeddings of the K examples; their number counts towards n_data.
-        n_data: size of the training set, shots included; the duplicates go out of it without being replaced.
-        dedup_distance: a sample goes if a nearer one, itself kept or not, is closer to it than this cosine distance.
-
-    Returns:
-        Indices into data, nearest first.
-    """
-    data, shots = F.normalize(data, dim=1), F.normalize(shots, dim=1)
-    distance = (data - shots.mean(0)).norm(dim=1)
-    order = distance.sort(stable=True).indices[: max(n_data - len(shots), 0)]
-    rows = data[order]
-    close = (1 - rows @ rows.T < dedup_distance).tril(-1).any(1)
-    return order[~close]

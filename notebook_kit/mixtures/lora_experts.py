@@ -13,7 +13,6 @@ Some routers learn from what a linear layer cannot see: which task a sample is o
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,47 +21,9 @@ from torch.nn import functional as F
 
 from notebook_kit.adapters import Adapter, CannotFold
 from notebook_kit.adapters._adapter import check_rank, exact, sizes
+from notebook_kit.mixtures.labelled_router import LabelledRouter, Told
 from notebook_kit.mixtures.lora_dispatch import DISPATCH
 from notebook_kit.routers import Router, Routing
-
-
-@dataclass(frozen=True)
-class Told:
-    """What `sample_labels` says to a layer: see there; and how many layers hear it."""
-
-    labels: Tensor | None = None
-    mask: Tensor | None = None
-    n_layers: int = 1
-
-
-class LabelledRouter(Router):
-    """A router whose loss reads a label of each token.
-
-    Args:
-        d_model: width of the tokens.
-        n_experts: N.
-    """
-
-    def forward(
-        self,
-        x: Float[Tensor, "tokens d_model"],
-        *,
-        mask: Bool[Tensor, " tokens"] | None = None,
-        labels: Int[Tensor, " tokens"] | None = None,
-        sequences: Int[Tensor, " tokens"] | None = None,
-        n_layers: int = 1,
-    ) -> Routing:
-        """Route tokens.
-
-        Args:
-            x: tokens.
-            mask: True for real tokens.
-            labels: of each token.
-            sequences: number of each token's sequence.
-            n_layers: routers that share the loss.
-        """
-        about = {"labels": labels, "sequences": sequences, "n_layers": n_layers}
-        return self.route(self.logits(x), mask=mask, **about)
 
 
 class LoRAExperts(Adapter):

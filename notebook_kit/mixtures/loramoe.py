@@ -20,13 +20,14 @@ from functools import partial
 from typing import Annotated
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
-from notebook_kit.mixtures.lora_experts import LabelledRouter, LoRAExperts
-from notebook_kit.routers import Routing, cv_squared
+from notebook_kit.mixtures.labelled_router import LabelledRouter, Rows
+from notebook_kit.mixtures.lora_experts import LoRAExperts
+from notebook_kit.routers import cv_squared
 
 
 @method(family="mixtures", paper="loramoe")
@@ -83,31 +84,26 @@ class SoftGate(LabelledRouter):
         super().__init__(d_model, n_experts)
         self.k, self.balance_coef, self.imbalance, self.attract = n_experts, balance_coef, imbalance, attract
 
-    def route(
-        self,
-        logits: Float[Tensor, "tokens experts"],
-        *,
-        mask: Bool[Tensor, " tokens"] | None = None,
-        labels: Int[Tensor, " tokens"] | None = None,
-        sequences: Int[Tensor, " tokens"] | None = None,
-        n_layers: int = 1,
-    ) -> Routing:
-        """Decide from the logits.
+    def choose(
+        self, z: Float[Tensor, "tokens experts"], p: Float[Tensor, "tokens experts"]
+    ) -> tuple[Float[Tensor, "tokens experts"], Int[Tensor, "tokens experts"]]:
+        """Return p, and all experts."""
+        return p, torch.arange(self.n_experts, device=p.device).expand_as(p)
+
+    def loss(
+        self, z: Float[Tensor, "tokens experts"], weights: Float[Tensor, "tokens experts"], rows: Rows
+    ) -> Float[Tensor, ""]:
+        """Return the localised balance of the samples' shares; the layers' losses are summed.
 
         Args:
-            logits: z.
-            mask: True for real tokens.
-            labels: type of each token's sample.
-            sequences: number of each token's sample; None: each token is one.
-            n_layers: not looked at: the layers' losses are summed.
-        """
-        p = logits.float().softmax(1)
-        weights, experts = p, torch.arange(self.n_experts, device=p.device).expand_as(p)
-        if mask is not None:
-            weights, experts = p * mask[:, None], experts.where(mask[:, None], -1)
-        return Routing(logits, p, weights, experts, self._loss(weights, mask, labels, sequences))
+            z: not looked at.
+            weights: p, 0 for padding.
+            rows: labels are the types of the samples.
 
-    def _loss(self, weights: Tensor, mask: Tensor | None, labels: Tensor | None, sequences: Tensor | None) -> Tensor:
+        Raises:
+            ValueError: in training, no types.
+        """
+        labels, mask = rows.labels, rows.mask
         if not self.balance_coef or self.n_experts == 1 or (labels is None and not self.training):
             return weights.new_zeros(())
         if labels is None:
@@ -116,7 +112,7 @@ class SoftGate(LabelledRouter):
                 "types):`, or set balance_coef=0 (LoRAMoE)"
             )
         keep = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
-        samples = torch.arange(len(labels), device=labels.device) if sequences is None else sequences
+        samples = torch.arange(len(labels), device=labels.device) if rows.sequences is None else rows.sequences
         if not keep.any():
             return weights.sum() * 0
         known, row = samples[keep].unique(return_inverse=True)  # a sample of padding only is none
@@ -134,7 +130,7 @@ class LoRAMoE(LoRAExperts):
         n_experts: N, even; the first half is group 1. One expert is a plain LoRA.
         rank: of each expert.
         alpha: strength; the scale is alpha / rank.
-        dropout: share of the entries of x that the experts do not see in training.
+        dropout: share of the entries of x that the experts do not see in training; 0.05 in the official script.
         balance_coef: times the localised balance loss; then training needs `sample_labels`. The official script has 0.
         imbalance: δ, how far the groups are pulled apart; 0 asks for an even load.
         attract: False as published: a sample's own group gets less. True: it gets more.

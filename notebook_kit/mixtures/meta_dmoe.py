@@ -65,7 +65,8 @@ class MetaDMoE(nn.Module):
             raise ValueError("experts must hold at least one feature extractor (MetaDMoE)")
         self.experts = nn.ModuleList(experts).requires_grad_(False).eval()
         self.student, self.head = student, head
-        self.aggregator = ExpertAggregator(head.in_features) if aggregator is None else aggregator
+        like = {"device": head.weight.device, "dtype": head.weight.dtype}
+        self.aggregator = ExpertAggregator(head.in_features).to(**like) if aggregator is None else aggregator
         self.inner_lr, self.inner_steps = inner_lr, inner_steps
         self.first_order, self.mask = first_order, mask
 
@@ -77,8 +78,16 @@ class MetaDMoE(nn.Module):
 
     @torch.no_grad()
     def expert_features(self, x: Tensor) -> Float[Tensor, "batch experts d"]:
-        """Stack every expert's features of the same pictures, one token for each expert."""
-        return torch.stack([expert(x) for expert in self.experts], 1)
+        """Stack every expert's features of the same pictures, one token for each expert.
+
+        Raises:
+            ValueError: experts of different widths.
+        """
+        features = [expert(x) for expert in self.experts]
+        shapes = [list(f.shape) for f in features]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(f"experts must give features of one width [batch, d], got {shapes} (MetaDMoE)")
+        return torch.stack(features, 1)
 
     def target(self, x: Tensor, *, left_out: int | None = None) -> Float[Tensor, "batch d"]:
         """Aggregate what the experts see.
@@ -130,7 +139,13 @@ class MetaDMoE(nn.Module):
         target = target if second else target.detach()
         with torch.enable_grad():
             for _ in range(self.inner_steps):
-                loss = F.mse_loss(functional_call(self.student, weights, (support,)), target)
+                features = functional_call(self.student, weights, (support,))
+                if features.shape != target.shape:
+                    raise ValueError(
+                        f"the student's features must have the shape of the experts' {list(target.shape)}, got "
+                        f"{list(features.shape)} (MetaDMoE)"
+                    )
+                loss = F.mse_loss(features, target)
                 grads = torch.autograd.grad(loss, list(weights.values()), create_graph=second, allow_unused=True)
                 steps = zip(weights.items(), grads, strict=True)
                 weights = {name: w if g is None else w - self.inner_lr * g for (name, w), g in steps}

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,8 +30,8 @@ from notebook_kit.adapters._attach import _build, find_hosts, place, refuse_nest
 from notebook_kit.adapters.read import AdapterFactors, Source, read_adapter
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
-from notebook_kit.mixtures.lora_experts import LabelledRouter, LoRAExperts
-from notebook_kit.routers import Routing
+from notebook_kit.mixtures.labelled_router import LabelledRouter, Rows
+from notebook_kit.mixtures.lora_experts import LoRAExperts
 from notebook_kit.routers._claims import top_k
 
 
@@ -51,40 +51,33 @@ class AdapterGate(LabelledRouter):
         self.check_k(k)
         self.k, self.temperature, self.gate_loss_coef = k, temperature, gate_loss_coef
 
-    def route(
-        self,
-        logits: Float[Tensor, "tokens experts"],
-        *,
-        mask: Bool[Tensor, " tokens"] | None = None,
-        labels: Int[Tensor, " tokens"] | None = None,
-        sequences: Int[Tensor, " tokens"] | None = None,
-        n_layers: int = 1,
-    ) -> Routing:
-        """Decide from the logits.
+    def choose(
+        self, z: Float[Tensor, "tokens experts"], p: Float[Tensor, "tokens experts"]
+    ) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
+        """Return the k largest logits' experts, and a softmax over these logits divided by the temperature."""
+        experts = top_k(z.detach(), self.k)
+        return (z.gather(1, experts) / self.temperature).softmax(1), experts
+
+    def loss(
+        self, z: Float[Tensor, "tokens experts"], weights: Float[Tensor, "tokens k"], rows: Rows
+    ) -> Float[Tensor, ""]:
+        """Return this gate's share of the mean cross entropy to the labels, over tokens and gates.
 
         Args:
-            logits: z.
-            mask: True for real tokens.
-            labels: the adapter of each token's sample, -1 for none; None: no gate loss.
-            sequences: not looked at.
-            n_layers: gates in the model; the loss is the mean over them, and this gate's is its share.
+            z: logits.
+            weights: not looked at.
+            rows: labels are the adapters of the tokens' samples, -1 for none; None: no gate loss.
 
         Raises:
             ValueError: a label that is no adapter of the bank.
         """
-        z = logits.float()
-        experts = top_k(z.detach(), self.k)
-        weights = (z.gather(1, experts) / self.temperature).softmax(1)
-        if mask is not None:
-            weights, experts = weights * mask[:, None], experts.where(mask[:, None], -1)
-        loss = z.new_zeros(())
-        if labels is not None and self.gate_loss_coef:
-            labels = labels if mask is None else labels.where(mask, -1)
-            if len(labels) and not (int(labels.min()) >= -1 and int(labels.max()) < self.n_experts):
-                raise ValueError(f"labels must be in [-1, {self.n_experts - 1}], got {labels.unique().tolist()}")
-            total = F.cross_entropy(z, labels, ignore_index=-1, reduction="sum")
-            loss = self.gate_loss_coef / n_layers * total / (labels >= 0).sum().clamp_min(1)
-        return Routing(logits, z.softmax(1), weights, experts, loss)
+        if rows.labels is None or not self.gate_loss_coef:
+            return z.new_zeros(())
+        labels = rows.labels if rows.mask is None else rows.labels.where(rows.mask, -1)
+        if len(labels) and not (int(labels.min()) >= -1 and int(labels.max()) < self.n_experts):
+            raise ValueError(f"labels must be in [-1, {self.n_experts - 1}], got {labels.unique().tolist()} (MeteoRA)")
+        total = F.cross_entropy(z, labels, ignore_index=-1, reduction="sum")
+        return self.gate_loss_coef / rows.n_layers * total / (labels >= 0).sum().clamp_min(1)
 
 
 @method(family="mixtures", paper="meteora")
@@ -102,7 +95,7 @@ class MeteoRA(LoRAExperts):
         temperature: of the softmax over the picked; high is even, and does not change who is picked.
         gate_loss_coef: times the supervised gate loss, where `sample_labels` gives labels; 50 in the official code.
         train_adapters: train A and B as well.
-        dropout: share of the entries of x that the adapters do not see in training.
+        dropout: share of the entries of x that the adapters do not see in training; 0.1 in the official code.
         dispatch: how it is computed; "gathered" is the official code's bmm. The result is the same.
 
     Raises:

@@ -68,7 +68,11 @@ class MoE(nn.Module):
 
         Returns:
             Outputs of the same shape; for a token that no expert served 0, or x with residual=True.
+
+        Raises:
+            ValueError: a mask of another shape; as the router.
         """
+        check_mask(mask, x)
         rows = x.reshape(-1, x.shape[-1])
         about = {"sequences": _sequences(x)} if self.router.by_sequence else {}
         about |= {"tokens": tokens} if self.router.needs_tokens else {}
@@ -102,6 +106,15 @@ class MoE(nn.Module):
         return cls(experts, router)
 
 
+def check_mask(mask: Bool[Tensor, "*batch"] | None, x: Float[Tensor, "*batch d_model"]) -> None:
+    """Raise ValueError unless the mask says True or False for every token."""
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask must say True or False for each token, shape {list(x.shape[:-1])}, got {list(mask.shape)} of "
+            f"{str(mask.dtype).removeprefix('torch.')}"
+        )
+
+
 def _sequences(x: Float[Tensor, "*batch d_model"]) -> Tensor:
     """Number of each row's sequence in [..., length, d]; in [n, d] every row is one."""
     length = x.shape[-2] if x.ndim > 2 else 1
@@ -131,6 +144,8 @@ def mix(rows: Float[Tensor, "tokens d_model"], routing: Routing, experts: nn.Mod
     # Where each claim's answer lies; an unused slot points at the first, with weight 0.
     place = torch.zeros(n_tokens * slots, dtype=torch.int64, device=rows.device)
     place[claim] = torch.arange(len(claim), device=rows.device)
-    # One pass over memory: for each token the weighted sum of its rows of `answers`.
-    weights = routing.weights.to(answers.dtype)
-    return F.embedding_bag(place.view(n_tokens, slots), answers, mode="sum", per_sample_weights=weights)
+    # For each token the weighted sum of its rows of `answers`.
+    place, weights = place.view(n_tokens, slots), routing.weights.to(answers.dtype)
+    if answers.is_cpu:  # one pass over memory; on a GPU its gradient is not there in every precision
+        return F.embedding_bag(place, answers, mode="sum", per_sample_weights=weights)
+    return (weights[:, None] @ answers[place]).squeeze(1)

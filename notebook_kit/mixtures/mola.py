@@ -51,7 +51,7 @@ class MoLA(LoRAExperts):
         k: experts a token, at most n_experts.
         rank: of each expert.
         alpha: strength; the scale is alpha / rank.
-        dropout: share of the entries of x that the experts do not see in training.
+        dropout: share of the entries of x that the experts do not see in training; 0.05 in the official script.
         balance_coef: times the balance loss, 1 at an even load; 0.001 where the official code uses it.
         dispatch: how it is computed; the result is the same.
 

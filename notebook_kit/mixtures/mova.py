@@ -26,6 +26,7 @@ from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Range
 from notebook_kit.mixtures.mova_adapter import MoVAdapter
 from notebook_kit.mixtures.mova_text import read_letters, routing_prompt
+from notebook_kit.mixtures.picture_language import PictureLanguage
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class MoVAAnswer:
 
 
 @method(family="mixtures", paper="mova")
-class MoVA(nn.Module):
+class MoVA(PictureLanguage):
     """A base encoder, frozen vision experts, the adapter between them, and the language model that chooses and answers.
 
     Args:
@@ -80,7 +81,7 @@ class MoVA(nn.Module):
         n_heads: Annotated[int, Range(1, 64)] = 2,
         gate_text: bool = True,
     ):
-        super().__init__()
+        super().__init__(language_model, tokens)
         if not len(experts) == len(expert_widths) == len(descriptions):
             raise ValueError(
                 f"{len(experts)} experts need as many widths and descriptions, got {len(expert_widths)} and "
@@ -89,7 +90,7 @@ class MoVA(nn.Module):
         self.routing_side = round(n_routing_tokens**0.5)
         if self.routing_side**2 != n_routing_tokens:
             raise ValueError(f"n_routing_tokens must be a square number, got {n_routing_tokens} (MoVA)")
-        self.base, self.language_model, self.tokens = base, language_model, tokens
+        self.base = base
         self.experts = nn.ModuleList(experts).requires_grad_(False).eval()
         self.descriptions, self.widths, self.grid, self.k = list(descriptions), list(expert_widths), grid, k
         table = language_model.get_input_embeddings()
@@ -130,11 +131,12 @@ class MoVA(nn.Module):
         Returns:
             Tokens and gates.
         """
+        mask = mask.to(images.device)
         if features is None:
             seen = [self.features(images[mask[:, j]], j) for j in range(len(self.experts))]
         else:
             seen = [v[mask[:, j]] for j, v in enumerate(features)]
-        ids = self._padded([self.tokens.encode(question) for question in questions]).to(mask.device)
+        ids = self.padded([self.tokens.encode(question) for question in questions]).to(images.device)
         vectors = self.text(ids)  # padding's vector is zero
         text = vectors.sum(1) / (ids != self.tokens.pad).sum(1, keepdim=True).clamp(min=1).to(vectors)
         return self.adapter(self.base(images), seen, mask, text)
@@ -146,41 +148,6 @@ class MoVA(nn.Module):
         side = self.grid // 2
         square = seen.mT.reshape(len(seen), seen.shape[2], side, side)
         return F.adaptive_avg_pool2d(square, min(self.routing_side, side)).flatten(2).mT
-
-    def text_loss(self, seen: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> Float[Tensor, " batch"]:
-        """Cross-entropy of each answer and its end, after picture and prompt, in nats per token.
-
-        Args:
-            seen: picture tokens.
-            prompts: what comes before the answer.
-            answers: what should come.
-        """
-        told = [[*self.tokens.encode(answer), self.tokens.end] for answer in answers]
-        asked = [self.tokens.encode(prompt) for prompt in prompts]
-        logits, starts = self._read(seen, [a + t for a, t in zip(asked, told, strict=True)])
-        width = max(map(len, told))
-        target = torch.full((len(told), width), -100, device=logits.device)
-        place = torch.zeros(len(told), width, dtype=torch.int64, device=logits.device)
-        for row, (before, after) in enumerate(zip(asked, told, strict=True)):
-            target[row, : len(after)] = torch.tensor(after)
-            first = int(starts[row]) + len(before) - 1  # the token that foretells the answer's first
-            place[row, : len(after)] = torch.arange(first, first + len(after))
-        picked = logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))
-        loss = F.cross_entropy(picked.mT, target, reduction="none", ignore_index=-100)
-        return loss.sum(1) / (target >= 0).sum(1)
-
-    @torch.no_grad()
-    def write(self, seen: Tensor, prompts: Sequence[str], *, max_new_tokens: int = 1) -> list[str]:
-        """Continue each prompt with the likeliest words, to the end or max_new_tokens."""
-        ids, new = [self.tokens.encode(prompt) for prompt in prompts], [[] for _ in prompts]
-        for _ in range(max_new_tokens):
-            if not ids or all(self.tokens.end in written for written in new):
-                break
-            logits, starts = self._read(seen, ids)
-            last = starts + torch.tensor([len(row) for row in ids], device=logits.device) - 1
-            for row, word in enumerate(logits[torch.arange(len(ids)), last].argmax(-1).tolist()):
-                ids[row], new[row] = [*ids[row], word], [*new[row], word]
-        return [self.tokens.decode(written) for written in new]
 
     @torch.no_grad()
     def route(self, images: Tensor, questions: Sequence[str]) -> tuple[Bool[Tensor, "batch experts"], list[str]]:
@@ -211,16 +178,3 @@ class MoVA(nn.Module):
             mask, letters = self.route(images, questions)
         seen, gates = self.look(images, questions, mask)
         return MoVAAnswer(self.write(seen, questions, max_new_tokens=max_new_tokens), letters, mask, gates)
-
-    def _read(self, seen: Tensor, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Logits of picture and words, padded behind; and where each row's words begin."""
-        words = self.language_model.get_input_embeddings()(self._padded(ids).to(seen.device))
-        # Padding stands last, where causal attention hides it from every word that counts.
-        logits = self.language_model(inputs_embeds=torch.cat([seen.to(words), words], 1), use_cache=False).logits
-        return logits.float(), torch.full((len(ids),), seen.shape[1], device=seen.device)
-
-    def _padded(self, ids: list[list[int]]) -> Tensor:
-        if not ids:
-            return torch.zeros(0, 1, dtype=torch.int64)
-        rows = [torch.tensor(row, dtype=torch.int64) for row in ids]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokens.pad)

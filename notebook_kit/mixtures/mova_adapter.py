@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from notebook_kit.mixtures.grid_attention import GridAttention, zero
+
 
 def masked_gate(
     logits: Float[Tensor, "batch experts"], mask: Bool[Tensor, "batch experts"], k: int
@@ -35,42 +37,6 @@ def masked_gate(
     top, place = probs.sort(dim=1, descending=True, stable=True)
     kept = torch.zeros_like(probs).scatter(1, place[:, :k], top[:, :k])
     return kept / kept.sum(1, keepdim=True).clamp(min=1e-20)
-
-
-class GridAttention(nn.Module):
-    """Attention between two sets of tokens on one square grid, with rotary positions in both directions.
-
-    Args:
-        d_query: C.
-        d_value: width of the tokens that are looked at.
-        n_heads: C / n_heads must be a multiple of 4.
-        grid: tokens along a side.
-    """
-
-    def __init__(self, d_query: int, d_value: int, n_heads: int, grid: int):
-        super().__init__()
-        if d_query % (4 * n_heads):
-            raise ValueError(f"the width {d_query} must be a multiple of 4 n_heads = {4 * n_heads} (MoVAdapter)")
-        self.n_heads = n_heads
-        self.q, self.k = nn.Linear(d_query, d_query, bias=False), nn.Linear(d_value, d_query, bias=False)
-        self.v, self.norm = nn.Linear(d_value, d_query, bias=False), nn.LayerNorm(d_query)
-        self.out = zero(nn.Linear(d_query, d_query))
-        quarter = d_query // n_heads // 4
-        angles = torch.arange(grid)[:, None] * 10000 ** -(torch.arange(quarter) / quarter)
-        down, right = angles[:, None].expand(-1, grid, -1), angles[None].expand(grid, -1, -1)
-        self.register_buffer("turn", torch.cat([down, right], -1).reshape(grid * grid, -1), persistent=False)
-
-    def forward(self, x: Float[Tensor, "b l c"], value: Float[Tensor, "b l cv"]) -> Float[Tensor, "b l c"]:
-        b, length, c = x.shape
-        split = (b, length, self.n_heads, c // self.n_heads)
-        q, k, v = (t.view(split).transpose(1, 2) for t in (self.q(x), self.k(value), self.v(value)))
-        y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v)
-        return self.out(self.norm(y.transpose(1, 2).reshape(b, length, c)))
-
-    def _rotate(self, t: Tensor) -> Tensor:
-        cos, sin = self.turn.cos().to(t), self.turn.sin().to(t)
-        even, odd = t[..., ::2], t[..., 1::2]
-        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
 class AdapterBlock(nn.Module):
@@ -207,10 +173,3 @@ class RegBlock(nn.Module):
         h = F.silu(self.norms[1](self.space(h)))
         h = h * self.excite(F.silu(self.squeeze(h.mean((2, 3), keepdim=True)))).sigmoid()
         return x + self.norms[2](self.back(h))
-
-
-def zero(layer: nn.Linear) -> nn.Linear:
-    """Set a layer's weight and bias to zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from notebook_kit.mixtures.moe import check_mask
 from notebook_kit.routers import Routing, TopK
 from notebook_kit.routers._claims import capacity
 
@@ -95,7 +96,13 @@ class PatchRouter(nn.Module):
         Args:
             x: tokens.
             mask: True for real tokens.
+
+        Raises:
+            ValueError: x is no batch of sequences, or a mask of another shape.
         """
+        if x.ndim != 3:
+            raise ValueError(f"patches are cut from sequences [batch, length, d], got {list(x.shape)}")
+        check_mask(mask, x)
         n_samples, length, _ = x.shape
         real = x.new_ones((n_samples, length), dtype=torch.bool) if mask is None else mask
         short = -length % self.patch_size

@@ -78,12 +78,17 @@ class CutMLP(nn.Module):
 
 def choose(mlp: MaskedMLP | CutMLP, x: Float[Tensor, "batch length d_model"]) -> Int[Tensor, "batch length"]:
     """The experts of this layer's tokens: its own gate's, or what the plan says."""
-    choice = mlp.plan.choices if mlp.gate is None or mlp.plan.choices is not None else mlp.gate(x).argmax(-1)
+    choice = mlp.plan.choices if mlp.gate is None or mlp.plan.choices is not None else ask(mlp.gate, x).argmax(-1)
     if choice is None or choice.shape != x.shape[:-1]:
         got = "none" if choice is None else list(choice.shape)
         raise ValueError(f"one expert for each of {list(x.shape[:-1])} tokens is needed, got {got}: call the ReadME")
     mlp.choices = choice
     return choice
+
+
+def ask(gate: nn.Linear, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch experts"]:
+    """A layer-wise router's scores; it keeps its own precision in a model of half precision."""
+    return gate(x.to(gate.weight.dtype))
 
 
 def _cut(mlp: MaskedMLP, channels: Bool[Tensor, " d_ff"], *, bias: bool) -> nn.ModuleDict:

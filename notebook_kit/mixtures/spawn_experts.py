@@ -47,12 +47,12 @@ def spawn_experts(
     """
     if n_experts < 1:
         raise ValueError(f"n_experts must be at least 1, got {n_experts} (spawn_experts)")
-    generator, experts = torch.Generator().manual_seed(seed), nn.ModuleList()
+    generator, experts = torch.Generator("cpu").manual_seed(seed), nn.ModuleList()
     for _ in range(n_experts):
         spawned = copy.deepcopy(expert)
         for parameter in spawned.parameters():
             if parameter.ndim >= 2 and mask_rate > 0:
-                kept = torch.rand(parameter.shape, generator=generator) >= mask_rate
+                kept = torch.rand(parameter.shape, generator=generator, device="cpu") >= mask_rate
                 parameter.mul_(kept.to(parameter.device))
         experts.append(spawned)
     return experts

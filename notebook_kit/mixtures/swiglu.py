@@ -49,7 +49,7 @@ class SwiGLUExperts(nn.Module):
             counts: rows of each expert; they add up to all rows.
         """
         answers = []
-        for first, last in _groups(counts):
+        for first, last in _groups(counts, 256 if x.is_cpu else len(x)):
             rows, x = x.split([sum(counts[first:last]), len(x) - sum(counts[first:last])])
             gate, up = _each(rows, self.gate_up[first:last], counts[first:last]).chunk(2, dim=-1)
             answers.append(_each(self.activation(gate) * up, self.down[first:last], counts[first:last]))
@@ -63,19 +63,19 @@ class SwiGLUExperts(nn.Module):
 def _each(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     """One product an expert, of its rows with its matrix."""
     if len(counts) > 1 and _groupable(x, weight):
-        ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+        ends = torch.tensor(counts).cumsum(0, dtype=torch.int32).to(x.device)
         return F.grouped_mm(x, weight.mT, offs=ends)
     pieces = zip(counts, x.split(counts), weight.mT.unbind(0), strict=True)
     return _join([piece.mm(matrix) for count, piece, matrix in pieces if count])
 
 
 def _groupable(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch (2.10 on) can do all products in one call; on the CPU it wants rows aligned to 16 bytes."""
+    """Whether torch (2.10 on) can do all products in one call: rows aligned to 16 bytes, and an Ampere GPU or later."""
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 for t in (x, weight))
     width = weight.shape[1] * weight.element_size()
     return (
         hasattr(F, "grouped_mm")
-        and x.device.type == "cpu"
+        and (x.is_cpu or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)))
         and x.dtype == weight.dtype != torch.float64
         and aligned
         and width % 16 == 0
@@ -87,8 +87,8 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _groups(counts: Sequence[int], rows: int = 256) -> list[tuple[int, int]]:
-    """Consecutive experts with about `rows` rows together: enough for one activation call, few enough for the cache."""
+def _groups(counts: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """Consecutive experts with about `rows` rows together: enough for one activation call, few enough for a cache."""
     groups, first, total = [], 0, 0
     for last, count in enumerate(counts, 1):
         total += count

@@ -13,6 +13,7 @@ from notebook_kit.models.tiny import (
     tiny_mixtral,
     tiny_olmoe,
     tiny_qwen3_moe,
+    tiny_switch,
     tiny_t5,
     tiny_vit,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "tiny_mixtral",
     "tiny_olmoe",
     "tiny_qwen3_moe",
+    "tiny_switch",
     "tiny_t5",
     "tiny_vit",
     "velocity",

@@ -94,11 +94,34 @@ class DiffusionTransformer(nn.Module):
             x: images, as noisy as t says.
             t: noise level in [0, 1]; 1 is noise alone.
             y: classes from 0; n_classes is "no class".
+
+        Raises:
+            ValueError: images of another shape, another number of times or classes, or a class that does not exist.
         """
-        c = self.time(time_features(1000 * t, 2 * len(self.position[0]))) + self.label(y)
+        self._check(x, t, y)
+        # Times stay exact in a model of half precision.
+        features = time_features(1000 * t.float(), 2 * len(self.position[0]))
+        c = self.time(features.to(self.read.weight.dtype)) + self.label(y)
         tokens = self.blocks(self.read(self.patches(x)) + self.position, c)
         shift, scale = self.modulation(F.silu(c))[:, None].chunk(2, dim=-1)
         return self.images(self.write(_normed(tokens) * (1 + scale) + shift))
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        if tuple(x.shape[1:]) != (self.channels, self.size, self.size):
+            raise ValueError(
+                f"images must be [n, {self.channels}, {self.size}, {self.size}], got {list(x.shape)} "
+                "(DiffusionTransformer)"
+            )
+        if t.shape != (len(x),) or y.shape != (len(x),):
+            raise ValueError(
+                f"{len(x)} images need one noise level and one class each, got {list(t.shape)} and {list(y.shape)} "
+                "(DiffusionTransformer)"
+            )
+        if len(y) and not (0 <= int(y.min()) and int(y.max()) <= self.n_classes):
+            raise ValueError(
+                f"classes must be in [0, {self.n_classes}], where {self.n_classes} is none, got {int(y.min())} to "
+                f"{int(y.max())} (DiffusionTransformer)"
+            )
 
     def patches(self, x: Float[Tensor, "n channels size size"]) -> Float[Tensor, "n tokens width"]:
         """Cut images into rows of patches, each flattened."""

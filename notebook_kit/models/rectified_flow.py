@@ -35,7 +35,7 @@ def noised(
         noise: ε.
         t: noise level of each, in [0, 1].
     """
-    t = t.reshape(-1, *[1] * (x.ndim - 1))
+    t = t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
     return (1 - t) * x + t * noise
 
 
@@ -124,7 +124,9 @@ def sample_path(
     """
     validate(hyperparameters(sample_path), {"steps": steps, "guidance": guidance})
     shape = (len(y), model.channels, model.size, model.size)
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(y.device)
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same noise on every device
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    z = torch.randn(shape, generator=generator, device="cpu").to(y.device, dtype)
     moments = [z]
     for i in range(steps, 0, -1):
         t = torch.full((len(y),), i / steps, device=y.device)

@@ -136,6 +136,24 @@ def tiny_deepseek_v3(seed: int = 0, **overrides):
     return _build("DeepseekV3ForCausalLM", "DeepseekV3Config", seed, settings, overrides)
 
 
+def tiny_switch(seed: int = 0, **overrides):
+    """Return a SwitchTransformersForConditionalGeneration: 2 + 2 layers, hidden 32, the second of each with 8 experts.
+
+    Args:
+        seed: of the random weights.
+        overrides: any field of SwitchTransformersConfig.
+
+    Returns:
+        The model in evaluation mode; each token uses one expert, and an expert at most 64 tokens of a sequence.
+    """
+    settings = {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    settings |= {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    settings |= {"num_experts": 8, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+    return _build(
+        "SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", seed, settings, overrides
+    )
+
+
 def tiny_gpt2(seed: int = 0, **overrides):
     """Return a GPT2LMHeadModel over bytes with tied embeddings: 2 layers, hidden 32, 4 heads.
 

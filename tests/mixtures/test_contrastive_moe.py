@@ -116,6 +116,10 @@ def test_bad_input():
         model(texts(), torch.full((6,), 3))
     with pytest.raises(ValueError, match="begin the text with the token 256"):
         model(texts())
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 258\], domain tokens included"):
+        model(texts().where(torch.arange(9) != 4, 259), torch.zeros(6).long())
+    with pytest.raises(ValueError, match=r"attention_mask must have the shape of the ids \[6, 9\], got \[6, 8\]"):
+        model(texts(), torch.zeros(6).long(), attention_mask=torch.ones(6, 8))
     with pytest.raises(ValueError, match="call the ContrastiveMoE"):
         model.encoder(input_ids=texts())
     with pytest.raises(ValueError, match="LlamaForCausalLM is no BertModel"):

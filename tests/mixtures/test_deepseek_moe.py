@@ -236,3 +236,5 @@ def test_bad_input():
         DeepSeekMoE.from_moe(MoE(SwiGLUExperts(2, 6, 8), ExpertChoice(6, 2)))
     with pytest.raises(ValueError, match="capacity_factor"):
         DeepSeekMoE.from_moe(MoE(SwiGLUExperts(2, 6, 8), TopK(6, 2, capacity_factor=1.0)))
+    with pytest.raises(ValueError, match="capacity_factor"):
+        DeepSeekMoE.from_moe(MoE(SwiGLUExperts(2, 6, 8), TopK(6, 2, eval_capacity_factor=1.0)))

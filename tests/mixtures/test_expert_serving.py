@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notebook_kit.mixtures import expert_batches, expert_cache
+from tests.untyped import untyped
 
 POLICIES = ("belady", "lru", "lfu", "random")
 LETTERS = [*map("ABCD".index, "ABCABDABCABD")]
@@ -103,5 +104,11 @@ def test_bad_input():
         expert_cache([0, -1])
     with pytest.raises(ValueError, match="policy must be one of 'belady', 'lru', 'lfu', 'random', got 'fifo'"):
         expert_cache([0], policy="fifo")
+    for choices in (torch.zeros(3, dtype=torch.int64), torch.tensor([[0, -1]])):
+        with (
+            untyped(),
+            pytest.raises(ValueError, match=r"choices must be \[requests, tokens\] of experts numbered from 0"),
+        ):
+            expert_batches(choices)
     with pytest.raises(ValueError, match=r"batch_size must be in \[1, 4096\], got 0"):
         expert_batches(torch.zeros(1, 1, dtype=torch.int64), batch_size=0)

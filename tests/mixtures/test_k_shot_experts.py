@@ -24,6 +24,7 @@ from notebook_kit.mixtures import (
 from notebook_kit.models import MLP
 from notebook_kit.training import fit
 from tests.mixtures.test_adapter_bank import X, base, library, with_expert
+from tests.untyped import untyped
 
 WORKED = torch.tensor([[1.0, 0, 0], [1.0, 0.1, 0], [0, 1.0, 0], [0, 0, 1.0]])
 
@@ -171,6 +172,23 @@ def test_ten_experts_and_half_precision():
     half = KShotExperts(copy.deepcopy(model).bfloat16(), bank)
     assert half(X.bfloat16()).dtype == torch.bfloat16
     assert math.isfinite(half(X.bfloat16()).float().sum().item())
+
+
+def test_an_expert_without_numbers_is_named_and_not_shortlisted():
+    accuracy, perplexity = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([2.0, math.nan, 3.0])
+    with pytest.raises(ValueError, match="expert 1 has accuracy or perplexity NaN"):
+        shortlist(accuracy, perplexity)
+    assert shortlist(accuracy, torch.tensor([2.0, math.inf, 3.0])) == [0, 2, 1]
+
+
+def test_data_without_numbers_or_shots():
+    data, shots = torch.randn(5, 3), torch.randn(2, 3)
+    for wrong in (shots[:0], torch.randn(2, 4)):
+        with untyped(), pytest.raises(ValueError, match="at least one embedding of the data's width 3"):
+            nearest_data(data, wrong)
+    data[3, 1] = math.nan
+    with pytest.raises(ValueError, match="data must be finite, row 3 is not"):
+        nearest_data(data, shots)
 
 
 def test_bad_input():

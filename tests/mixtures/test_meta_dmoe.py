@@ -172,6 +172,12 @@ def test_bad_input():
         made(1).target(X, left_out=0)
     with pytest.raises(ValueError, match="support must hold"):
         made().adapt(X[:0])
+    uneven = MetaDMoE([MLP([6, 8]), MLP([6, 7])], MLP([6, 8]), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"features of one width \[batch, d\], got \[\[12, 8\], \[12, 7\]\]"):
+        uneven.target(X)
+    narrow = MetaDMoE([MLP([6, 8])], MLP([6, 1]), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"the shape of the experts' \[12, 8\], got \[12, 1\]"):
+        narrow.adapt(X)
     with pytest.raises(ValueError, match="n_heads must divide the width 8, got 3"):
         ExpertAggregator(8, n_heads=3)
     with pytest.raises(ValueError, match=r"inner_lr must be in \[0, 1\]"):

@@ -10,6 +10,7 @@ from notebook_kit import models
 from notebook_kit.mixtures import MoE, SwiGLUExperts, aux_loss
 from notebook_kit.models import MLP
 from notebook_kit.routers import ExpertChoice, HashRouter, NoisyTopK, StableMoE, TopK
+from tests.untyped import untyped
 
 ROUTERS = [
     lambda: TopK(6, 5),
@@ -108,6 +109,10 @@ def test_bad_input():
         MoE([MLP([6, 6]) for _ in range(5)], TopK(6, 4))
     with pytest.raises(ValueError, match="leaks the future"):
         MoE([MLP([6, 6]) for _ in range(5)], ExpertChoice(6, 5), causal=True)
+    moe = MoE([MLP([6, 6]) for _ in range(5)], TopK(6, 5))
+    for mask in (torch.ones(2, 4).bool(), torch.ones(6).bool(), torch.ones(2, 3)):
+        with untyped(), pytest.raises(ValueError, match=r"True or False for each token, shape \[2, 3\], got"):
+            moe(torch.randn(2, 3, 6), mask=mask)
     with pytest.raises(ValueError, match="must consist of a `gate` and fused `experts`, it has"):
         MoE.from_transformers(models.tiny_deepseek_v3().model.layers[1].mlp)
 

@@ -1,5 +1,7 @@
 """The adapter that begins as nothing, the gate, the letters, and who runs."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from notebook_kit.mixtures import (
     routing_prompt,
     write_letters,
 )
+from notebook_kit.mixtures.grid_attention import GridAttention
 from notebook_kit.models import tiny_llama
 
 WIDTHS, SIDES = (5, 8, 3), (2, 4, 1)
@@ -182,6 +185,15 @@ def test_losses_do_not_depend_on_the_neighbours_length():
         torch.testing.assert_close(alone[0], both[i], atol=1e-5, rtol=1e-4)
     together = made.write(seen, prompts, max_new_tokens=3)
     assert together == [made.write(seen[i : i + 1], prompts[i : i + 1], max_new_tokens=3)[0] for i in range(2)]
+
+
+def test_positions_are_exact_to_the_precision_of_their_sines():
+    torch.manual_seed(0)
+    exact = GridAttention(16, 8, 2, 32)
+    half = copy.deepcopy(exact).bfloat16()
+    angles = torch.atan2(exact.sin, exact.cos)
+    assert (torch.atan2(half.sin.float(), half.cos.float()) - angles).abs().max() < 0.01
+    assert len(exact.state_dict()) == 7
 
 
 def test_bfloat16():

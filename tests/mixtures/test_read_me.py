@@ -20,7 +20,8 @@ from notebook_kit.mixtures import (
 )
 from notebook_kit.mixtures.channels import Watch, gated_mlps
 from notebook_kit.mixtures.pre_gate import as_routing
-from notebook_kit.mixtures.read_me_training import layer_targets, next_token_loss, router_loss, router_targets
+from notebook_kit.mixtures.read_me_targets import layer_targets, router_loss, router_targets
+from notebook_kit.mixtures.read_me_training import next_token_loss
 
 IDS = torch.arange(36).reshape(3, 12) * 7 % 256
 
@@ -243,6 +244,16 @@ def test_half_precision_and_one_domain():
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(readme.cut()(IDS).logits, logits, atol=0.05, rtol=0.05)
     assert (readme.choices == 0).all()
+
+
+def test_layer_wise_gates_keep_their_precision_in_a_half_model():
+    readme = build(router="layer-wise", model=models.tiny_llama().to(torch.bfloat16))
+    assert readme(IDS).logits.dtype == torch.bfloat16
+    assert readme.model.model.layers[0].mlp.gate.weight.dtype == torch.float32
+    assert len(train_router(readme, draw, steps=2)) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(readme.cut()(IDS).logits, readme(IDS).logits, atol=0.05, rtol=0.05)
+    assert readme.to(torch.bfloat16)(IDS).logits.dtype == torch.bfloat16
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from notebook_kit.mixtures import MLPSlices, SelectiveAttention, SwiGLU, UnionOf
 from notebook_kit.mixtures.patches import gather_slots
 from notebook_kit.models import MLP
 from notebook_kit.routing import aux_loss
+from tests.untyped import untyped
 
 MODES = ["weight", "select", "sum"]
 
@@ -248,5 +249,10 @@ def test_bad_input():
         UnionOfExperts(nn.Linear(8, 8))
     with pytest.raises(ValueError, match=r"dropout=0\.1"):
         SelectiveAttention(nn.MultiheadAttention(8, 4, dropout=0.1))
+    for layer in (union(), attention()):
+        with untyped(), pytest.raises(ValueError, match=r"sequences \[batch, length, d\], got \[5, 8\]"):
+            layer(torch.randn(5, 8))
+        with untyped(), pytest.raises(ValueError, match=r"for each token, shape \[2, 5\], got \[2, 4\]"):
+            layer(torch.randn(2, 5, 8), mask=torch.ones(2, 4).bool())
     with pytest.raises(ValueError, match="gate_mode must be one of"):
         union(gate_mode="no")

@@ -1,11 +1,14 @@
 """The diffusion transformer: zero at birth, patches there and back, conditions that reach every block."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from notebook_kit.models import MLP, DiffusionTransformer
+from notebook_kit.models import MLP, DiffusionTransformer, flow_loss, sample
 from notebook_kit.models.diffusion_transformer import position_table, time_features
+from tests.untyped import untyped
 
 
 def woken(seed=0, **settings):
@@ -122,3 +125,32 @@ def test_an_empty_batch():
 def test_sizes_that_do_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
         DiffusionTransformer(**settings)
+
+
+def test_inputs_that_do_not_fit():
+    model, x, t, y = DiffusionTransformer(), torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 10])
+    model(x, t, y)
+    for wrong in (torch.randn(2, 1, 6, 6), torch.randn(2, 3, 8, 8)):
+        with untyped(), pytest.raises(ValueError, match=r"images must be \[n, 1, 8, 8\], got"):
+            model(wrong, t, y)
+    for times, classes in ((torch.rand(3), y), (t, y[:1])):
+        with untyped(), pytest.raises(ValueError, match="2 images need one noise level and one class each"):
+            model(x, times, classes)
+    with pytest.raises(ValueError, match=r"classes must be in \[0, 10\], where 10 is none, got 0 to 11"):
+        model(x, t, torch.tensor([0, 11]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_and_learns(dtype):
+    torch.manual_seed(0)
+    model = DiffusionTransformer(n_blocks=1, d_model=16)
+    for p in model.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    y = torch.tensor([3, 7])
+    exact = sample(model, y, steps=3)
+    half = copy.deepcopy(model).to(dtype)
+    drawn = sample(half, y, steps=3)
+    assert drawn.dtype == dtype
+    torch.testing.assert_close(drawn.float(), exact, atol=0.1, rtol=0.1)
+    flow_loss(half, torch.randn(2, 1, 8, 8, dtype=dtype), y).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in half.parameters())
