@@ -15,10 +15,11 @@ FAMILY = {  # name: (sparsify, elect, normalize, rescale)
     "della": ("rank", True, True, True),
     "della_linear": ("rank", False, False, True),
 }
-METHODS = ("linear", "slerp", "task_arithmetic", *FAMILY, "model_stock", "sce", "karcher")
+METHODS = ("linear", "slerp", "nuslerp", "task_arithmetic", *FAMILY, "model_stock", "sce", "karcher")
 SHARED = {  # what `parameters` may hold besides the models' own, with mergekit's defaults
     "linear": {"normalize": True},
     "slerp": {"t": None},
+    "nuslerp": {"nuslerp_flatten": True, "nuslerp_row_wise": False},
     "task_arithmetic": {"normalize": False, "lambda": 1.0, "int8_mask": False},
     "model_stock": {"filter_wise": False},
     "sce": {"select_topk": 1.0, "int8_mask": False},
@@ -27,7 +28,7 @@ SHARED = {  # what `parameters` may hold besides the models' own, with mergekit'
     name: {"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False}
     for name, (_, _, normalize, rescale) in FAMILY.items()
 }
-OWN = {"linear": {"weight": None}, "task_arithmetic": {"weight": None}} | {
+OWN = {name: {"weight": None} for name in ("linear", "nuslerp", "task_arithmetic")} | {
     name: {"weight": None, "density": 1.0}
     | ({"gamma": 0.01} if sparsify == "outliers" else {"epsilon": 0.15} if sparsify == "rank" else {})
     for name, (sparsify, *_) in FAMILY.items()
@@ -81,7 +82,7 @@ def translate(config: Mapping[str, object]) -> Translated:
     base = config.get("base_model")
     if base is not None and not isinstance(base, str):
         raise ValueError(f"base_model: expected a path, got {base!r}")
-    if base is None and method not in ("linear", "karcher"):
+    if base is None and method not in ("linear", "nuslerp", "karcher"):
         raise ValueError(f"base_model: {method} needs one")
     inputs = own if base is None or base in [model for model, _ in own] else [*own, (base, {})]
     tuned = [(model, values) for model, values in inputs if model != base]
@@ -89,7 +90,11 @@ def translate(config: Mapping[str, object]) -> Translated:
         tuned = inputs
     if not tuned:
         raise ValueError(f"models: {method} needs a model besides the base")
+    if method == "nuslerp" and len(tuned) != 2:
+        raise ValueError(f"models: nuslerp joins two models besides the base, got {len(tuned)}")
     function, values = _call(method, shared, tuned)
+    if method == "nuslerp" and base is not None:
+        values["space"] = "task_vectors"
     experts = [model for model, _ in tuned]
     if method == "slerp":
         if len(inputs) != 2:
@@ -114,6 +119,12 @@ def _call(method: str, shared: Mapping, tuned: Sequence[tuple[str, Mapping]]) ->
         if found["t"] is None:
             raise ValueError("parameters.t: slerp needs it")
         return merging.slerp, {"t": float(found["t"])}
+    if method == "nuslerp":
+        if not found["nuslerp_flatten"] and found["nuslerp_row_wise"]:
+            raise ValueError("parameters.nuslerp_row_wise: an angle for each column is not here; leave it, or flatten")
+        total = sum(each["weight"])
+        t = 0.5 if abs(total) < 1e-6 else each["weight"][1] / total
+        return merging.slerp, {"t": t, "scope": "tensor" if found["nuslerp_flatten"] else "row"}
     if method == "task_arithmetic":
         total = sum(each["weight"]) if found["normalize"] else 1.0
         factor = float(found["lambda"]) / (total if abs(total) >= 1e-8 else 1.0)

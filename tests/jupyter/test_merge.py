@@ -294,7 +294,16 @@ def config(**changes):
         ({"tokenizer": {}}, "tokenizer: vocabularies"),
         ({"chat_template": "auto"}, "chat_template: "),
         ({"surprise": 1}, "surprise: not a key"),
-        ({"merge_method": "nuslerp"}, "merge_method: 'nuslerp' is not one that both have"),
+        ({"merge_method": "nearswap"}, "merge_method: 'nearswap' is not one that both have"),
+        ({"merge_method": "nuslerp", "models": [{"model": "a"}]}, "models: nuslerp joins two models besides the base"),
+        (
+            {
+                "merge_method": "nuslerp",
+                "models": [{"model": name, "parameters": {"weight": 1}} for name in "ab"],
+                "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+            },
+            "parameters.nuslerp_row_wise: an angle for each column",
+        ),
         ({"models": None}, "models: expected a list"),
         ({"models": ["a"]}, r"models\[0\]: expected `model: path`"),
         ({"models": [{"model": "a", "layer_range": [0, 1]}]}, r"models\[0\].layer_range: not a key"),
