@@ -5,24 +5,24 @@ from notebook_kit.alignment.architectures import permutation_spec
 from notebook_kit.alignment.barrier import barrier, interpolate, path_scores
 from notebook_kit.alignment.batch_norm import reset_batch_norm
 from notebook_kit.alignment.ot_fusion import Transported, ot_fusion
-from notebook_kit.alignment.pleas import noise_inputs, pleas, split_widths
-from notebook_kit.alignment.spec import (
-    Part,
+from notebook_kit.alignment.permutations import (
     Permutations,
-    PermutationSpec,
     compose,
     invert,
     permute,
     permute_tensor,
     random_permutations,
 )
+from notebook_kit.alignment.pleas import noise_inputs, pleas, split_widths
+from notebook_kit.alignment.spec import Part, PermutationSpec
 from notebook_kit.alignment.split_layer import Split, SplitLayer
 from notebook_kit.alignment.straight_through import straight_through
 from notebook_kit.alignment.transport import ground_cost, incoming, outgoing, transport_plan
-from notebook_kit.alignment.transport_flow import Features, record_features
+from notebook_kit.alignment.transport_features import Features, record_features
 from notebook_kit.alignment.unions import greedy_unions
 from notebook_kit.alignment.units import feature_correlation, unit_activations
-from notebook_kit.alignment.weight_matching import similarity, weight_matching
+from notebook_kit.alignment.weight_matching import weight_matching
+from notebook_kit.alignment.weight_similarity import similarity
 from notebook_kit.alignment.zipit import Zipped, zipit
 
 __all__ = [

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from notebook_kit.alignment.taps import each, listening, run
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -27,21 +29,15 @@ def reset_batch_norm(model: nn.Module, batches: Iterable) -> None:
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch norm: there is nothing to reset (reset_batch_norm)")
-    modes = {module: module.training for module in model.modules()}
-    momenta, n_batches = [norm.momentum for norm in norms], 0
+    momenta = [norm.momentum for norm in norms]
     try:
-        model.eval()  # dropout stays off
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over batches
-            norm.train()
-        for batch in batches:
-            model(**batch) if hasattr(batch, "keys") else model(batch)
-            n_batches += 1
+        with listening(model, ()):  # dropout stays off
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the plain mean over batches
+                norm.train()
+            for batch in each(batches, "reset_batch_norm"):
+                run(model, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
-    if n_batches == 0:
-        raise ValueError("reset_batch_norm needs at least one batch, got none (was a generator already used up?)")

@@ -5,7 +5,9 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from notebook_kit.alignment.spec import Permutations, PermutationSpec
+from notebook_kit.alignment.permutations import Permutations
+from notebook_kit.alignment.spec import PermutationSpec
+from notebook_kit.alignment.weight_similarity import similarity
 from notebook_kit.weights import Weights
 
 
@@ -36,8 +38,6 @@ def match_experts(
     Returns:
         (value of the best matching of each pair [E, E], for each pair its (index, sign)).
     """
-    from notebook_kit.alignment.weight_matching import similarity
-
     outer = spec.inside[units[0]][0]
     n = len(units)
     value = torch.zeros(n, n, dtype=torch.float64)
@@ -48,10 +48,10 @@ def match_experts(
             trial[outer] = torch.full((n,), j)  # only place e is looked up
             plain, free = similarity(spec, perm, a, b, trial, signs=perm in signed)
             total = plain if free is None else plain + free.abs()
-            rows, columns = linear_sum_assignment(total.cpu().numpy(), maximize=True)
-            index = torch.from_numpy(columns)
-            sign = None if free is None else torch.where(free[torch.from_numpy(rows), index] < 0, -1.0, 1.0)
-            value[e, j] = plain[torch.from_numpy(rows), index].double().sum()
-            value[e, j] += free[torch.from_numpy(rows), index].abs().double().sum() if free is not None else 0
+            rows, index = map(torch.from_numpy, linear_sum_assignment(total.cpu().numpy(), maximize=True))
+            value[e, j], sign = plain[rows, index].double().sum().item(), None
+            if free is not None:  # added up apart, as the objective does
+                value[e, j] += free[rows, index].abs().double().sum().item()
+                sign = torch.where(free[rows, index] < 0, -1.0, 1.0).cpu()
             best[e][j] = (index, sign)
     return value, best

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from notebook_kit.alignment.barrier import interpolate
 from notebook_kit.alignment.transport import transport_plan
-from notebook_kit.alignment.transport_flow import RESIDUAL, Features, Flow, record_features
+from notebook_kit.alignment.transport_features import Features, record_features
+from notebook_kit.alignment.transport_flow import RESIDUAL, Flow
 from notebook_kit.alignment.transport_walks import compare, flow_through
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range

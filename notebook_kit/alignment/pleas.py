@@ -8,8 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from notebook_kit.alignment.pleas_layers import build
-from notebook_kit.alignment.pleas_plan import PleasPlan, plan_pleas, read_pair
+from notebook_kit.alignment.pleas_pair import read_pair
+from notebook_kit.alignment.pleas_plan import PleasPlan, plan_pleas
 from notebook_kit.alignment.split_layer import Split, SplitLayer
+from notebook_kit.alignment.taps import each
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Choice, Range
 
@@ -83,7 +85,7 @@ def pleas(
         raise ValueError(f'{wanted} needs batches: pass inputs (noise_inputs, without data), or align="weight" (pleas)')
     if allocation == "score" and score is None:
         raise ValueError('allocation="score" needs score=... (model to a number)')
-    batches = None if batches is None else list(batches)
+    batches = None if batches is None else list(each(batches, "pleas"))
     pair = read_pair(model_a, model_b, batches, heads=heads)
 
     def network(plan: PleasPlan) -> nn.Module:
@@ -103,7 +105,7 @@ def noise_inputs(like: Float[Tensor, "n ..."], *, n: int | None = None, seed: in
     """
     shape = (len(like) if n is None else n, *like.shape[1:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
-    return like.mean() + like.std() * noise
+    return like.mean() + like.std() * noise.to(like.device)
 
 
 def split_widths(model: nn.Module) -> dict[str, Split]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from notebook_kit.alignment.batch_norm import reset_batch_norm
-from notebook_kit.alignment.pleas_plan import Pair, PleasPlan
+from notebook_kit.alignment.pleas_pair import Pair
+from notebook_kit.alignment.pleas_plan import PleasPlan
 from notebook_kit.alignment.split_layer import Split, SplitLayer
 
 
@@ -132,7 +133,9 @@ def _widen_norm(model: nn.Module, pair: Pair, plan: PleasPlan, norm: str, name: 
             ]
             parts.append(sum(vectors) / len(vectors))
         state[key] = torch.cat(parts) if parts else value
-    wide = type(own[0])(len(state["running_mean"]), eps=own[0].eps, momentum=own[0].momentum, affine=own[0].affine)
+    like = {"device": own[0].running_mean.device, "dtype": own[0].running_mean.dtype}
+    shape = {key: getattr(own[0], key) for key in ("eps", "momentum", "affine")}
+    wide = type(own[0])(len(state["running_mean"]), **shape, **like)
     wide.load_state_dict(state)
     model.set_submodule(norm, wide)
 

@@ -1,12 +1,13 @@
 """The straight-through estimator: choose the permutation by the loss in the middle, with gradients that ignore it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from notebook_kit.alignment.spec import Permutations, PermutationSpec, permute
+from notebook_kit.alignment.permutations import Permutations, permute
+from notebook_kit.alignment.spec import PermutationSpec
 from notebook_kit.alignment.weight_matching import weight_matching
 from notebook_kit.catalog import method
 from notebook_kit.hyperparameters import Range
@@ -19,7 +20,7 @@ def straight_through(
     a: Weights,
     b: Weights,
     loss: Callable[[dict[str, Tensor], Any], Tensor],
-    batches: Sequence,
+    batches: Iterable,
     *,
     steps: Annotated[int, Range(1, 100_000, log=True)] = 100,
     lr: Annotated[float, Range(1e-5, 10, log=True)] = 0.3,
@@ -70,8 +71,9 @@ def straight_through(
 
     check(a, [b], names=["b"])
     spec.check(a, "a")
-    if len(batches) == 0:
-        raise ValueError("straight_through needs at least one batch, got none")
+    batches = list(batches)  # they are gone through again and again
+    if not batches:
+        raise ValueError("straight_through needs at least one batch, got none (was a generator already used up?)")
     theta = {name: w.detach().clone() for name, w in a.items()}
     learned = [name for name, w in a.items() if w.is_floating_point() and name not in spec.passive]
     speed = {name: torch.zeros_like(theta[name]) for name in learned}

@@ -43,7 +43,7 @@ def transport_plan(
         target: mass of each column, uniform 1/m by default; must add up to the source's sum.
 
     Returns:
-        T in float64, T ≥ 0, with the marginals exact to rounding.
+        T in float64 on the cost's device, T ≥ 0, with the marginals exact to rounding.
 
     Raises:
         ValueError: NaN or Inf in the cost, or masses that are negative or do not add up to the same.
@@ -70,10 +70,11 @@ def transport_plan(
         if n == m and source is None and target is None:
             plan = torch.zeros(n, n, dtype=torch.float64)
             plan[linear_sum_assignment(M)] = 1 / n
-            return plan
+            return plan.to(cost.device)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # POT only warns where it did not get to the end
-            return torch.from_numpy(ot.emd(a.numpy(), b.numpy(), M, numItermax=max(100_000, 100 * n * m)))
+            plan = ot.emd(a.numpy(), b.numpy(), M, numItermax=max(100_000, 100 * n * m))
+        return torch.from_numpy(plan).to(cost.device)
 
     M = M - M.min()  # a constant moves no mass
     stage, scalings = max(float(M.max()), epsilon), None
@@ -101,7 +102,7 @@ def transport_plan(
             f"Sinkhorn did not converge: {misplaced:.1e} of the mass is out of place after {max_iter} sweeps at "
             f"epsilon {epsilon:g}; raise max_iter or epsilon, or use method='exact' (transport_plan)"
         )
-    return _round(plan, a, b)
+    return _round(plan, a, b).to(cost.device)
 
 
 def ground_cost(
@@ -118,10 +119,12 @@ def ground_cost(
         M in [0, 1], float64. A unit that never varies is as far from all others as uncorrelated ones are.
 
     Raises:
-        ValueError: NaN or Inf in the features.
+        ValueError: NaN or Inf in the features, or other numbers of rows.
 
     Source: Imfeld et al. (2023), appendix; graldij/transformer-fusion, `otfusion/ground_metric.py`.
     """
+    if len(z_b) != len(z_a):
+        raise ValueError(f"units are compared row by row, got {len(z_b)} rows of b and {len(z_a)} of a (ground_cost)")
     units = []
     for z, name in ((z_b, "z_b"), (z_a, "z_a")):
         _check_finite(z, name)

@@ -1,85 +1,17 @@
 """How transport plans flow through a network: which plan each layer reads, and which one it passes on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from notebook_kit.alignment.transport import ground_cost, incoming, outgoing
+from notebook_kit.alignment.transport_features import Features
 from notebook_kit.weights import IncompatibleWeights, at_least_float32
 
 RESIDUAL = ("mean", "weighted_scalar", "weighted_matrix", "branch", "stream", "identity")
-WATCHED = (nn.Linear, nn.Conv2d, nn.Embedding)
 Plan = Float[Tensor, "_ _"]  # [units_b, units_a] of its layer
-
-
-class Features:
-    """What two networks compute at every layer on the same inputs.
-
-    Args:
-        a: module name to its outputs (to its inputs for a LayerNorm), Float[rows, units]; rows are samples and tokens.
-        b: the same of the other network.
-    """
-
-    def __init__(self, a: dict[str, Tensor], b: dict[str, Tensor]):
-        self.a, self.b = a, b
-        self._costs: dict[tuple, Tensor] = {}
-
-    def cost(self, *names: str, joint: bool = False) -> Float[Tensor, "units_b units_a"]:
-        """Ground cost of one layer's units; of several layers, stacked as more samples, or as more units if joint."""
-        key = (*names, joint)
-        if key not in self._costs:
-            self._costs[key] = ground_cost(
-                *(torch.cat([side[name] for name in names], int(joint)) for side in (self.b, self.a))
-            )
-        return self._costs[key]
-
-
-@torch.no_grad()
-def record_features(model_a: nn.Module, model_b: nn.Module, batches: Iterable) -> Features:
-    """Run two networks on the same inputs and keep what their layers compute.
-
-    Args:
-        model_a: one network.
-        model_b: the other, of any width.
-        batches: inputs: tensors, or mappings of keyword arguments. A few hundred are enough; all is kept in memory.
-
-    Raises:
-        ValueError: no inputs; NaN or Inf shows when a cost is asked for.
-    """
-    batches = list(batches)
-    if not batches:
-        raise ValueError("record_features needs at least one batch, got none (was a generator already used up?)")
-    return Features(*(_outputs(model, batches) for model in (model_a, model_b)))
-
-
-def _outputs(model: nn.Module, batches: list) -> dict[str, Tensor]:
-    seen: dict[str, list[Tensor]] = {}
-
-    def keep(name):
-        def hook(module, args, output):
-            x = args[0] if isinstance(module, nn.LayerNorm) else output
-            x = x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x
-            seen.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(keep(name))
-        for name, module in model.named_modules()
-        if isinstance(module, (*WATCHED, nn.LayerNorm))
-    ]
-    was_training = model.training
-    try:
-        model.eval()
-        for batch in batches:
-            model(**batch) if hasattr(batch, "keys") else model(batch)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
 class Flow:
@@ -184,10 +116,10 @@ class Flow:
             n_b, n_a = stream.shape
             if n_b != n_a:
                 raise ValueError(f'residual="identity" needs streams of equal width, got {n_a} in a and {n_b} in b')
-            return torch.eye(n_a, dtype=stream.dtype) / n_a
+            return torch.eye(n_a, dtype=stream.dtype, device=stream.device) / n_a
         if self.residual == "mean":
             return (stream + branch) / 2
-        size, new = (x().abs().double().mean(0).cpu() for x in (x_stream, x_branch))
+        size, new = (x().abs().double().mean(0).to(stream) for x in (x_stream, x_branch))
         if self.residual == "weighted_scalar":
             size, new = size.mean(), new.mean()
         share = size / (size + new).clamp(min=1e-300)  # of the stream: one number, or one per unit of a

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from notebook_kit.alignment.spec import Part, PermutationSpec
+from notebook_kit.alignment.taps import each
 from notebook_kit.alignment.unions import greedy_unions
 from notebook_kit.alignment.units import feature_correlation, unit_activations
 from notebook_kit.catalog import method
@@ -94,8 +95,10 @@ def zipit(
     check(states[0], states, names=[f"models[{i}]" for i in range(len(states))])
     spec.check(states[0], "models[0]")
     zipped = list(spec.sizes) if depth is None else list(spec.sizes)[:depth]
+    if depth is not None and depth > len(spec.sizes):
+        raise ValueError(f"depth must be at most the {len(spec.sizes)} permutations of the spec, got {depth} (zipit)")
     _check_spec(spec, models[0], set(zipped))
-    batches = list(batches)
+    batches = list(each(batches, "zipit"))
     seen = [unit_activations(spec, model, batches, perms=zipped) for model in models]
     groups = {}
     for perm in zipped:
@@ -142,7 +145,7 @@ def project(spec: PermutationSpec, parts: list[tuple[int, Part]], w: Tensor, i: 
     for axis, part in parts:
         if part.perm not in groups:
             continue
-        group = groups[part.perm]
+        group = groups[part.perm].to(w.device)
         n_out = int(group.max()) + 1
         view = part.view(w, axis, spec.sizes[part.perm])  # ..., 1, n, block, ...
         if axis == 0:  # written: the mean of the members

@@ -41,7 +41,9 @@ def pair_table(
     a, b = torch.triu_indices(len(similarity), len(similarity), 1)
     names = [str(i) for i in range(len(similarity))] if names is None else list(names)
     pairs = [f"{names[i]} and {names[j]}" for i, j in zip(a.tolist(), b.tolist(), strict=True)]
-    return pd.DataFrame({"pair": pairs, "overlap": overlap[a, b].numpy(), "similarity": similarity[a, b].numpy()})
+    return pd.DataFrame(
+        {"pair": pairs, "overlap": overlap[a, b].cpu().numpy(), "similarity": similarity[a, b].cpu().numpy()}
+    )
 
 
 def gradient_alignment(
@@ -86,7 +88,7 @@ def routing_matrix(
             glider(x, query=query)
             routing = chosen.routing
             zeros = routing.weights.new_zeros(len(routing), glider.n_experts)
-            rows[domain] = zeros.scatter_add(1, routing.experts.clamp_min(0), routing.weights).mean(0).numpy()
+            rows[domain] = zeros.scatter_add(1, routing.experts.clamp_min(0), routing.weights).mean(0).cpu().numpy()
     finally:
         for bank, vote in zip(glider.layers.values(), before[0], strict=True):
             bank.router.vote = vote

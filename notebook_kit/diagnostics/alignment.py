@@ -225,8 +225,8 @@ def alignment_view(
     )
     aligned = known(("aligned", *how), lambda: permute(spec, permutations, b))
     perm = names[layer]
-    before = known(("units", perm), lambda: unit_similarity(spec, perm, a, b, Permutations()).numpy())
-    after = known(("units", perm, *how), lambda: unit_similarity(spec, perm, a, b, permutations).numpy())
+    before = known(("units", perm), lambda: unit_similarity(spec, perm, a, b, Permutations()).cpu().numpy())
+    after = known(("units", perm, *how), lambda: unit_similarity(spec, perm, a, b, permutations).cpu().numpy())
     path = None
     if score is not None:
         lines = {"naive": (b, ()), "aligned": (aligned, how)}

@@ -75,8 +75,8 @@ def record_denoising(
     names = [str(int(c)) for c in y]
     with torch.no_grad(), record_routing(model.blocks) as trace, trace.labelled(names):
         for t in levels:
-            times = torch.full((len(x),), float(t))
-            model(noised(x, torch.randn(x.shape, generator=generator), times), times, y)
+            times, noise = x.new_full((len(x),), float(t)), torch.randn(x.shape, generator=generator).to(x)
+            model(noised(x, noise, times), times, y)
     return Denoising(trace, tuple(levels), torch.arange(len(levels)).repeat_interleave(len(x)))
 
 

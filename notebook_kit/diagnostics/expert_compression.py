@@ -147,6 +147,6 @@ def compression_view(
             if not name.endswith("_bias"):
                 numbers["rows" if name.endswith("_rows") else "low rank"] += parameter.numel()
     old, now = (compression_frame(m, trace)[["parameters", "flops"]].sum() for m in (model, new))
-    spectrum = torch.linalg.svdvals(getattr(expert_view(merged)[layer], matrix)[0].float()).numpy()
+    spectrum = torch.linalg.svdvals(getattr(expert_view(merged)[layer], matrix)[0].float()).cpu().numpy()
     name = f"{matrix}, layer {layer}"
     return CompressionView(new, spectrum, rank, numbers, int(old["parameters"]), (old["flops"], now["flops"]), name)

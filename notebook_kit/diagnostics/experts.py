@@ -119,7 +119,7 @@ def similarity_matrix(
         S, Float[experts, experts] in [0, 1].
     """
     usage_of(trace, model)
-    return expert_similarity(expert_view(model)[layer], trace.layer(layer).logits, basis).numpy()
+    return expert_similarity(expert_view(model)[layer], trace.layer(layer).logits, basis).cpu().numpy()
 
 
 def compare_expert_merges(
@@ -250,11 +250,11 @@ def expert_merge_view(
     if method in ("hierarchical", "subspace"):
         cosine, means = output_statistics(layers[layer], (inputs or cache["inputs"])[name][0])
         s = (1 + cosine) / 2
-        joins = linkage_of(means.numpy(), linkage) if method == "hierarchical" else None
+        joins = linkage_of(means.cpu().numpy(), linkage) if method == "hierarchical" else None
     else:
         s = expert_similarity(layers[layer], trace.layer(layer).logits, similarity)
     sizes = tuple(int(expert_sizes(m)["parameters"].sum()) for m in (model, cache["model"]))
-    return ExpertMergeView(cache["model"], name, usage[name].numpy(), groups, dropped, s.numpy(), sizes, joins)
+    return ExpertMergeView(cache["model"], name, usage[name].numpy(), groups, dropped, s.cpu().numpy(), sizes, joins)
 
 
 def _decide(model, trace, method: str, n_experts: int, choices: dict, inputs) -> tuple[dict | None, dict | None]:

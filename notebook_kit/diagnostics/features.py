@@ -127,7 +127,7 @@ def zip_view(
     if perm is None:
         return ZipView(zipped, scores, None, np.zeros((0, 0)), {})
     features = [unit_activations(spec, model, batches, perms=[perm])[perm] for model in models]
-    correlation = feature_correlation(torch.cat(features, dim=1)).numpy()
+    correlation = feature_correlation(torch.cat(features, dim=1)).cpu().numpy()
     groups = zipped.groups[perm].numpy()
     order = np.argsort(groups.ravel(), kind="stable")
     return ZipView(zipped, scores, perm, correlation[np.ix_(order, order)], group_kinds(groups))

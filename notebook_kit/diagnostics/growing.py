@@ -91,7 +91,7 @@ def mask_table(kept: Bool[Tensor, "layers n_domains d_ff"]) -> pd.DataFrame:
         "any": kept.any(1).float().mean(-1),
         "runs": kept.float().mean((1, 2)),
     }
-    return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+    return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
 
 @torch.no_grad()

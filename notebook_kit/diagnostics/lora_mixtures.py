@@ -89,7 +89,7 @@ def usage(routing: Routing, labels: Int[Tensor, " tokens"], n_labels: int) -> Fl
     keep = labels >= 0
     sums = dense.new_zeros(n_labels, n_experts).index_add(0, labels[keep], dense[keep])
     counts = torch.bincount(labels[keep], minlength=n_labels)
-    return (sums / counts.clamp_min(1)[:, None]).numpy()
+    return (sums / counts.clamp_min(1)[:, None]).cpu().numpy()
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def rank_use(
     """
     layers = [layer for layer in model.eval().modules() if isinstance(layer, LoRAExperts)]
     model(x)
-    scores = [(layer.routing.probs + layer.router.bias).numpy() for layer in layers]
+    scores = [(layer.routing.probs + layer.router.bias).cpu().numpy() for layer in layers]
     trained, curve = layers[0].router.k, {}
     before = [(layer.router.k, layer.router.routed_scaling_factor) for layer in layers]
     try:
@@ -156,4 +156,4 @@ def rank_use(
     finally:
         for layer, (k, factor) in zip(layers, before, strict=True):
             layer.router.k, layer.router.routed_scaling_factor = k, factor
-    return RankUse(scores, labels.numpy(), list(names), curve, trained)
+    return RankUse(scores, labels.cpu().numpy(), list(names), curve, trained)

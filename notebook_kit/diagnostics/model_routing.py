@@ -172,7 +172,8 @@ def expert_attention(model: MetaDMoE, domains: Mapping[str, tuple[Tensor, Tensor
         domains: name to (pictures, labels).
     """
     rows = {
-        n: model.aggregator.attention(model.expert_features(x)).mean((0, 1)).numpy() for n, (x, _) in domains.items()
+        n: model.aggregator.attention(model.expert_features(x)).mean((0, 1)).cpu().numpy()
+        for n, (x, _) in domains.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -195,8 +196,8 @@ def ranking_scores(
     a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
     for group in groups.unique().tolist():
         s = a[groups == group] @ b[groups == group].T
-        own = torch.eye(len(s), dtype=torch.bool)
-        recall = (s.argmax(1) == torch.arange(len(s))).float().mean().item()
+        own = torch.eye(len(s), dtype=torch.bool, device=s.device)
+        recall = (s.argmax(1) == torch.arange(len(s), device=s.device)).float().mean().item()
         ratio = (s[own].mean() / s[~own].mean()).item() if len(s) > 1 else float("nan")
         rows[group] = {"recall": recall, "f1": best_f1(s.flatten(), own.flatten()), "ratio": ratio, "pairs": len(s)}
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -209,6 +210,7 @@ def best_f1(similarity: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> fl
         similarity: higher means more alike.
         positive: which are partners.
     """
+    similarity, positive = similarity.cpu(), positive.cpu()
     order = similarity.argsort(descending=True)
     hits = positive[order].double().cumsum(0)
     named = torch.arange(1, len(order) + 1, dtype=torch.float64)
@@ -227,7 +229,7 @@ def plane(u: Float[Tensor, "n d"]) -> np.ndarray:
     u = u - u.mean(0)
     _, _, v = torch.linalg.svd(u, full_matrices=False)
     v = v[:2] * v[:2].gather(1, v[:2].abs().argmax(1, keepdim=True)).sign()
-    return (u @ v.T).numpy()
+    return (u @ v.T).cpu().numpy()
 
 
 def letter_table(mask: Bool[Tensor, "n experts"], questions: Sequence[str], experts: Sequence[str]) -> pd.DataFrame:
@@ -238,4 +240,8 @@ def letter_table(mask: Bool[Tensor, "n experts"], questions: Sequence[str], expe
         questions: of the rows.
         experts: names.
     """
-    return pd.DataFrame(mask.double().numpy(), columns=list(experts)).groupby(np.asarray(questions), sort=False).mean()
+    return (
+        pd.DataFrame(mask.double().cpu().numpy(), columns=list(experts))
+        .groupby(np.asarray(questions), sort=False)
+        .mean()
+    )

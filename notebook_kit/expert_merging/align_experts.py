@@ -1,4 +1,4 @@
-"""Experts brought into one order before they are averaged: Git Re-Basin on three matrices."""
+"""Experts brought into one order before they are averaged: Git Re-Basin on three matrices, or on two."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,29 +6,29 @@ import torch
 from torch import Tensor
 
 from notebook_kit.alignment import Part, Permutations, PermutationSpec, match_features, permute_tensor, weight_matching
+from notebook_kit.expert_merging.apply import Combine, Expert
+from notebook_kit.expert_merging.layout import PARTS
 from notebook_kit.expert_merging.outputs import hidden_units
-from notebook_kit.expert_merging.plan import Combine, Expert
-from notebook_kit.expert_merging.view import PARTS, ExpertLayer
+from notebook_kit.expert_merging.view import ExpertLayer
 from notebook_kit.weights import at_least_float32
 
 
-def expert_spec(f: int, *, biased: bool = False, signed: bool = True) -> PermutationSpec:
-    """One gated expert: gate rows, up rows and down columns move together, and their biases with them.
+def expert_spec(f: int, parts: tuple[str, ...] = PARTS[:3], *, signed: bool = True) -> PermutationSpec:
+    """One expert: gate rows, up rows and down columns move together, and their biases with them.
 
     Args:
         f: hidden units.
-        biased: there are biases.
+        parts: what it consists of.
         signed: up and down share a free sign.
     """
     units = Part("units", signs=(signed,))
     axes = {"gate": ("units", None), "up": (units, None), "down": (None, units)}
-    if biased:
-        axes |= {"gate_bias": ("units",), "up_bias": (units,), "down_bias": (None,)}
-    return PermutationSpec(axes, {"units": f}, description="gated expert")
+    axes |= {"gate_bias": ("units",), "up_bias": (units,), "down_bias": (None,)}
+    return PermutationSpec({name: axes[name] for name in parts}, {"units": f}, description="expert")
 
 
 class ExpertWeights(Mapping[str, Tensor]):
-    """Gate, up and down of one expert, and its biases, as a state dict, in float32 at least; read when asked for.
+    """The parts of one expert as a state dict, in float32 at least; read when asked for.
 
     Args:
         layer: from `expert_view`.
@@ -39,16 +39,16 @@ class ExpertWeights(Mapping[str, Tensor]):
         self.layer, self.e = layer, e
 
     def __getitem__(self, name: str) -> Tensor:
-        return at_least_float32(self.layer.part(self.e, PARTS.index(name)))
+        return at_least_float32(self.layer.part(self.e, self.layer.parts.index(name)))
 
     def __contains__(self, name: object) -> bool:
-        return name in PARTS[: len(self)]  # Mapping's own would read the tensor
+        return name in self.layer.parts  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(PARTS[: len(self)])
+        return iter(self.layer.parts)
 
     def __len__(self) -> int:
-        return len(PARTS) if self.layer.biased else 3
+        return len(self.layer.parts)
 
 
 def expert_of(layer: ExpertLayer, e: int) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ def expert_of(layer: ExpertLayer, e: int) -> dict[str, Tensor]:
 
 def spec_of(layer: ExpertLayer) -> PermutationSpec:
     """What may move in one expert of a layer."""
-    return expert_spec(layer.width, biased=layer.biased, signed=layer.signed)
+    return expert_spec(layer.width, layer.parts, signed=layer.signed)
 
 
 class Aligner:

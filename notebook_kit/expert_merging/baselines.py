@@ -8,16 +8,10 @@ from torch import nn
 
 from notebook_kit.catalog import method
 from notebook_kit.expert_merging.align_experts import Aligner, average_group
+from notebook_kit.expert_merging.apply import apply_plan
 from notebook_kit.expert_merging.m_smoe import SIMILARITIES, expert_similarity, plan_m_smoe
 from notebook_kit.expert_merging.outputs import Inputs, calibration_inputs
-from notebook_kit.expert_merging.plan import (
-    LayerPlan,
-    apply_plan,
-    check_n_experts,
-    dominant_experts,
-    group_by_similarity,
-    usage_of,
-)
+from notebook_kit.expert_merging.plan import LayerPlan, check_n_experts, dominant_experts, group_by_similarity, usage_of
 from notebook_kit.expert_merging.reconstruction import best_subset
 from notebook_kit.expert_merging.router_rows import keep_rows
 from notebook_kit.expert_merging.view import expert_view

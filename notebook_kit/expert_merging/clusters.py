@@ -26,7 +26,7 @@ def k_means(gram: Float[Tensor, "n n"], k: int, *, restarts: int = 10, max_iter:
     Returns:
         k groups in the order of their first member, members rising.
     """
-    g, n = gram.double(), len(gram)
+    g, n = gram.double().cpu(), len(gram)
     diagonal = g.diagonal()
     generator = torch.Generator().manual_seed(seed)
     best, labels = torch.inf, torch.arange(n)
@@ -65,7 +65,7 @@ def agglomerate(points: Float[Tensor, "n d"], k: int, linkage: str = "average") 
     n = len(points)
     members = {i: [i] for i in range(n)}
     if n > 1:
-        for step, (a, b, *_) in enumerate(scipy_linkage(points.double().numpy(), linkage)[: n - k]):
+        for step, (a, b, *_) in enumerate(scipy_linkage(points.double().cpu().numpy(), linkage)[: n - k]):
             members[n + step] = members.pop(int(a)) + members.pop(int(b))
     labels = {member: number for number, group in enumerate(members.values()) for member in group}
     return groups_of([labels[i] for i in range(n)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from notebook_kit.checkpoints import Checkpoint
 from notebook_kit.expert_merging.mapped import ARCHITECTURES
 from notebook_kit.expert_merging.outputs import expert_output
-from notebook_kit.expert_merging.view import PARTS, ExpertLayer
+from notebook_kit.expert_merging.view import ExpertLayer
 
 # model type: how files call the block, and an expert's gate, up and down
 FILES = {
@@ -71,7 +71,7 @@ class DiskLayer(ExpertLayer):
         y = torch.zeros_like(x)
         for e in chosen.unique().tolist():
             token, slot = (chosen == e).nonzero(as_tuple=True)
-            out = expert_output(self, dict(zip(PARTS, self.expert(e), strict=False)), x[token])
+            out = expert_output(self, dict(zip(self.parts, self.expert(e), strict=True)), x[token])
             y.index_add_(0, token, (out * weights[token, slot, None]).to(y.dtype))
         return y
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from notebook_kit.expert_merging.mapped import MappedExperts
+from notebook_kit.expert_merging.mapped_experts import MappedExperts
 from notebook_kit.expert_merging.view import ExpertLayer, expert_view
 from notebook_kit.routing import RoutingTrace
 
@@ -70,7 +70,7 @@ def dynamic_skipping(model: nn.Module, trace: RoutingTrace, *, beta: float | Non
         )
     found = {}
     for number, layer in enumerate(layers):
-        weights, k = trace.layer(number).weights, getattr(layer.router_module, "top_k", None)
+        weights, k = trace.layer(number).weights, getattr(layer.router_module, "top_k", trace.k)
         if k != 2 or weights.shape[1] != 2:
             raise ValueError(
                 f"dynamic skipping drops the second of two experts; {layer.name!r} uses {k}, and the trace "

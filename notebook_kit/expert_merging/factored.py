@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from notebook_kit.expert_merging.mapped import MappedExperts, MappedModel, class_of, lookup, register, replaced, shell
-from notebook_kit.expert_merging.view import PARTS, expert_view
+from notebook_kit.expert_merging.layout import PARTS, PLAIN
+from notebook_kit.expert_merging.mapped import MappedModel, register, replaced
+from notebook_kit.expert_merging.mapped_experts import MappedExperts, class_of, lookup, shell
+from notebook_kit.expert_merging.view import expert_view
 
 KINDS = PARTS[:3]
 # One matrix: (L, R, S), S dense or None; and biases as they are.
@@ -28,12 +30,13 @@ class FactoredExperts(MappedExperts):
     """
 
     family = "factored"
+    kinds = KINDS
     factors = ("gate_up_proj", "down_proj")  # what is computed from the factors when it is asked for
 
     def settings(self) -> dict[str, object]:
         """What a configuration must know before the weights are loaded."""
-        kept = {kind: len(getattr(self, f"{kind}_place")) for kind in KINDS}
-        return super().settings() | {"expert_rank": self.gate_left.shape[2], "expert_rows": kept}
+        kept = {kind: len(getattr(self, f"{kind}_place")) for kind in self.kinds}
+        return super().settings() | {"expert_rank": self.down_left.shape[2], "expert_rows": kept}
 
     def matrix(self, kind: str) -> Float[Tensor, "experts out in"]:
         """The matrices of one kind, multiplied out: L R + S."""
@@ -72,20 +75,26 @@ class FactoredExperts(MappedExperts):
         top_k_weights: Float[Tensor, "tokens k"],
     ) -> Float[Tensor, "tokens d"]:
         """Run the stored experts; arguments as `MappedExperts.forward`."""
-        stored = lookup(self.expert_map, top_k_index.device)[top_k_index]
-        result = torch.zeros_like(hidden_states)
-        for e in stored.unique().tolist():
+        return self.mixture(hidden_states, lookup(self.expert_map, top_k_index.device)[top_k_index], top_k_weights)
+
+    def mixture(
+        self, x: Float[Tensor, "tokens d"], stored: Int[Tensor, "tokens k"], weights: Float[Tensor, "tokens k"]
+    ) -> Float[Tensor, "tokens d"]:
+        """The weighted sum of what stored experts answer; -1 is none."""
+        result = torch.zeros_like(x)
+        for e in stored[stored >= 0].unique().tolist():
             token, slot = torch.where(stored == e)
-            x = hidden_states[token]
-            gate, up = self.project("gate", e, x), self.project("up", e, x)
-            both = torch.cat((gate, up), -1) if self.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
-            if self.has_bias:
-                both = both + self.gate_up_proj_bias[e]
-            y = self.project("down", e, self._apply_gate(both))
-            if self.has_bias:
-                y = y + self.down_proj_bias[e]
-            result.index_add_(0, token, (y * top_k_weights[token, slot, None]).to(result.dtype))
+            result.index_add_(0, token, (self.answer(e, x[token]) * weights[token, slot, None]).to(result.dtype))
         return result
+
+    def answer(self, e: int, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+        """Run one stored expert."""
+        gate, up = self.project("gate", e, x), self.project("up", e, x)
+        both = torch.cat((gate, up), -1) if self.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
+        if self.has_bias:
+            both = both + self.gate_up_proj_bias[e]
+        y = self.project("down", e, self._apply_gate(both))
+        return y + self.down_proj_bias[e] if self.has_bias else y
 
     @torch.no_grad()
     def keep_rows(self, kind: str, alive: Tensor) -> None:
@@ -93,6 +102,36 @@ class FactoredExperts(MappedExperts):
         rows, place = getattr(self, f"{kind}_rows"), getattr(self, f"{kind}_place")
         setattr(self, f"{kind}_rows", nn.Parameter(rows[alive].clone(), requires_grad=rows.requires_grad))
         setattr(self, f"{kind}_place", place[alive].clone())
+
+
+class FactoredSwitchExperts(FactoredExperts, nn.Module):
+    """In place of Switch Transformers' dictionary of experts: up and down are L R + S, and there is no gate."""
+
+    factors, kinds = ("up_proj", "down_proj"), PLAIN
+    is_transposed = is_concatenated = has_gate = has_bias = False
+
+    @property
+    def up_proj(self) -> Tensor:
+        """Up, multiplied out."""
+        return self.matrix("up")
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "tokens d"],
+        selected_experts: Int[Tensor, "tokens 1 experts"],
+        routing_weights: Float[Tensor, "tokens 1"],
+    ) -> Float[Tensor, "tokens d"]:
+        """Run the stored experts; arguments as `MappedSwitchExperts.forward`."""
+        stored = lookup(self.expert_map, selected_experts.device)[selected_experts.argmax(-1)]
+        stored = stored.masked_fill(selected_experts.sum(-1) == 0, -1)
+        return self.mixture(hidden_states, stored, routing_weights)
+
+    def answer(self, e: int, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+        """Run one stored expert."""
+        return self.project("down", e, self.dropout(self.act(self.project("up", e, x))))
+
+
+FactoredExperts.of_switch = FactoredSwitchExperts
 
 
 class FactoredModel(MappedModel):
@@ -124,7 +163,7 @@ def factor_experts(
     """
     new = {}
     for layer in expert_view(model):
-        if not layer.fused:
+        if isinstance(layer.experts, nn.ModuleList):
             raise ValueError(f"the experts of {layer.name!r} are a list of modules; factors are stored for fused ones")
         new[layer.name] = _build(shell(layer.experts), experts[layer.name], expert_maps[layer.name])
     return replaced(model, new)
@@ -132,9 +171,10 @@ def factor_experts(
 
 @torch.no_grad()
 def _build(module: nn.Module, experts: Sequence[Factors], expert_map: Sequence[int]) -> nn.Module:
-    kept = {kind: sum(0 if e[kind][2] is None else len(e[kind][2]) for e in experts) for kind in KINDS}
-    _reshape(module, expert_map, experts[0]["gate"][1].shape[0], kept)
-    for kind in KINDS:
+    kinds = [kind for kind in KINDS if kind in experts[0]]
+    kept = {kind: sum(0 if e[kind][2] is None else len(e[kind][2]) for e in experts) for kind in kinds}
+    _reshape(module, expert_map, experts[0]["down"][1].shape[0], kept)
+    for kind in kinds:
         out = experts[0][kind][0].shape[0]
         rows = [(e, parts[kind][2]) for e, parts in enumerate(experts) if parts[kind][2] is not None]
         if rows:
@@ -151,11 +191,13 @@ def _build(module: nn.Module, experts: Sequence[Factors], expert_map: Sequence[i
 
 
 def _reshape(module: nn.Module, expert_map: Sequence[int], rank: int, kept: Mapping[str, int]) -> None:
-    """Replace fused tensors by empty factors, in place."""
-    old, down = module.gate_up_proj, module.down_proj
-    stored, d = max(expert_map) + 1, down.shape[2 if module.is_transposed else 1]
-    f = down.shape[1 if module.is_transposed else 2]
-    like = {"dtype": old.dtype, "device": old.device}
+    """Replace fused tensors, or the modules of a dictionary, by empty factors, in place."""
+    first = next(module.children()) if isinstance(module, nn.ModuleDict) else None
+    old = module.down_proj if first is None else first.wo.weight
+    d, f = old.shape[-2:]
+    if first is None and module.is_transposed:
+        d, f = f, d
+    stored, like = max(expert_map) + 1, {"dtype": old.dtype, "device": old.device}
     for name, parameter in list(module._parameters.items()):
         del module._parameters[name]
         if name.endswith("_bias"):
@@ -164,7 +206,10 @@ def _reshape(module: nn.Module, expert_map: Sequence[int], rank: int, kept: Mapp
         del module._buffers[name]
     base = next(cls for cls in type(module).__mro__ if not issubclass(cls, MappedExperts))
     module.__class__ = class_of(FactoredExperts, base)
-    for kind, (out, into) in {"gate": (f, d), "up": (f, d), "down": (d, f)}.items():
+    if first is not None:
+        module._modules = {"act": first.act, "dropout": first.dropout}
+    for kind in module.kinds:
+        out, into = (d, f) if kind == "down" else (f, d)
         shapes = {"left": (stored, out, rank), "right": (stored, rank, into), "rows": (kept[kind], into)}
         for part, shape in shapes.items():
             module.register_parameter(f"{kind}_{part}", nn.Parameter(torch.empty(shape, **like)))

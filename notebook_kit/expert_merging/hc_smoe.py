@@ -7,9 +7,10 @@ from torch import nn
 
 from notebook_kit.catalog import method
 from notebook_kit.expert_merging.align_experts import Aligner, average_group
+from notebook_kit.expert_merging.apply import apply_plan
 from notebook_kit.expert_merging.clusters import agglomerate, led_by_usage
 from notebook_kit.expert_merging.outputs import Inputs, calibration_inputs, output_statistics
-from notebook_kit.expert_merging.plan import LayerPlan, apply_plan, check_n_experts, merge_weights_of, usage_of
+from notebook_kit.expert_merging.plan import LayerPlan, check_n_experts, merge_weights_of, usage_of
 from notebook_kit.expert_merging.router_rows import mean_rows
 from notebook_kit.expert_merging.view import expert_view
 from notebook_kit.hyperparameters import Choice, Range

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from notebook_kit.expert_merging.factored import KINDS, FactoredExperts, factor_experts
 from notebook_kit.expert_merging.mapped import describe
-from notebook_kit.expert_merging.view import PARTS, expert_view
+from notebook_kit.expert_merging.view import expert_view
 from notebook_kit.weights import at_least_float32
 
 
@@ -39,20 +39,20 @@ def factor(model: nn.Module, rank: int, split: Callable = split) -> nn.Module:
     """Copy a (merged) model with every expert's matrix as L R + S, all rows of S kept: the same function."""
     experts = {}
     for layer in expert_view(model):
-        stored = [dict(zip(PARTS, layer.expert(e), strict=False)) for e in range(len(layer))]
+        stored = [dict(zip(layer.parts, layer.expert(e), strict=True)) for e in range(len(layer))]
         experts[layer.name] = [{n: split(w, rank) if n in KINDS else w for n, w in one.items()} for one in stored]
     return factor_experts(model, experts, {layer.name: layer.expert_map for layer in expert_view(model)})
 
 
 def row_sizes(student: nn.Module) -> list[Tensor]:
     """Mean square of each row of S: its importance before anything is learned."""
-    places = [(layer.experts, kind) for layer in expert_view(student) for kind in KINDS]
-    return [rows_of(*place).detach().square().mean(1) for place in places]
+    places = [(layer.experts, kind) for layer in expert_view(student) for kind in layer.experts.kinds]
+    return [rows_of(*place).detach().float().square().mean(1).cpu() for place in places]
 
 
 def drop_rows(student: nn.Module, importance: list[Tensor], density: float, alive: list[Tensor] | tuple = ()) -> None:
     """Keep the most important rows of S over all layers together, and really drop the others, in place."""
-    places = [(layer.experts, kind) for layer in expert_view(student) for kind in KINDS]
+    places = [(layer.experts, kind) for layer in expert_view(student) for kind in layer.experts.kinds]
     for (experts, kind), rows in zip(places, top_rows(importance, alive, density), strict=True):
         experts.keep_rows(kind, rows)
     describe(student.config, {layer.name: layer.experts for layer in expert_view(student)})

@@ -2,26 +2,28 @@
 
 The router keeps its N rows, so its decisions stay what they were; top-k may meet one stored expert twice, and then
 its two weights add up. Importing this module tells the Auto classes about the `mapped_*` model types, so that
-`AutoModelForCausalLM.from_pretrained(folder)` restores a merged model.
+`AutoModelForCausalLM.from_pretrained(folder)` restores a merged model. Where the import cannot be had, as in another
+program, `trust_remote_code=True` does the same: a folder carries a file that imports it.
 """
 
 import copy
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
-import torch
 import transformers
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 
-from notebook_kit.expert_merging.view import expert_view
+from notebook_kit.expert_merging.mapped_experts import MappedExperts, class_of, shrink
+from notebook_kit.expert_merging.sum_router import sum_rows
+from notebook_kit.expert_merging.view import check_finite, expert_view
+from notebook_kit.routing.switch import is_switch_router
 
 # model type: (name of its configuration and model, where the configuration keeps the number of router rows)
 ARCHITECTURES = {
@@ -31,133 +33,63 @@ ARCHITECTURES = {
     "olmoe": ("Olmoe", "num_experts"),
     "deepseek_v3": ("DeepseekV3", "n_routed_experts"),
     "gpt_oss": ("GptOss", "num_local_experts"),
+    "switch_transformers": ("SwitchTransformers", "num_experts"),
 }
+ENCODERS = ("switch_transformers",)  # an encoder and a decoder; all others are decoders
+LOADER = "merged_experts"
+LOADER_CODE = '''"""The experts of this model are merged: transformers needs the package that merged them to load it."""
+
+from {module} import {names}  # noqa: F401
+'''
 # (family, model type): (configuration, model, the model's base)
 _models: dict[tuple[str, str], tuple[type, type, type]] = {}
 
 
-class MappedExperts:
-    """Before a class of fused experts: choices of router rows become choices of stored experts."""
-
-    family = "mapped"
-    expert_map: tuple[int, ...]
-
-    def settings(self) -> dict[str, object]:
-        """What a configuration must know of these experts before their weights are loaded."""
-        return {"expert_map": list(self.expert_map)}
-
-    def forward(
-        self,
-        hidden_states: Float[Tensor, "tokens d"],
-        top_k_index: Int[Tensor, "tokens k"],
-        top_k_weights: Float[Tensor, "tokens k"],
-    ) -> Float[Tensor, "tokens d"]:
-        """Run the stored experts.
-
-        Args:
-            hidden_states: inputs.
-            top_k_index: router rows, 0 to N − 1.
-            top_k_weights: what multiplies each one's output.
-        """
-        stored = lookup(self.expert_map, top_k_index.device)[top_k_index]
-        return super().forward(hidden_states, stored, top_k_weights)
+def _stay_here(cls: type, auto_class: object = None) -> None:
+    """In place of `register_for_auto_class`: transformers would copy this module into folders that import it."""
 
 
-class SumRouter:
-    """Before a class of softmax routers: tokens choose groups, and a group's probability is the sum of its members'.
+class MergedConfig:
+    """Before a class of configurations: a folder that it is saved to can be loaded by programs that know no kit."""
 
-    P_g = Σ_{i ∈ g} p_i, which sum to 1 as p does; top-k and its renormalisation then run over P. A chosen group is
-    named by its first row, so that experts and traces see router rows as ever.
-    """
+    register_for_auto_class = classmethod(_stay_here)
 
-    family = "sum"
-    expert_map: tuple[int, ...]
-
-    def group_probs(self, logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens groups"]:
-        """P, float32."""
-        p = logits.float().softmax(-1)
-        return p.new_zeros(len(p), max(self.expert_map) + 1).index_add(1, lookup(self.expert_map, p.device), p)
-
-    def forward(self, hidden_states: Float[Tensor, "*batch d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """The logits of all rows, the weights of the chosen groups, and their first rows.
-
-        Args:
-            hidden_states: inputs.
-        """
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits = nn.functional.linear(x, self.weight, getattr(self, "bias", None))
-        probs = self.group_probs(logits)
-        top, group = probs.topk(min(self.top_k, probs.shape[1]), dim=-1)
-        if getattr(self, "norm_topk_prob", True):  # Mixtral and gpt-oss always do
-            top = top / top.sum(-1, keepdim=True)
-        first = tuple(map(self.expert_map.index, range(probs.shape[1])))
-        return logits, top.to(logits.dtype), lookup(first, group.device)[group]
-
-
-def sum_rows(model: nn.Module) -> nn.Module:
-    """Let the routers of a merged model add up the probabilities of a group, in place.
-
-    Raises:
-        ValueError: experts in a list, or a router without a softmax.
-    """
-    for layer in expert_view(model):
-        router = layer.router_module
-        if not isinstance(layer.experts, MappedExperts) or hasattr(router, "e_score_correction_bias"):
-            raise ValueError(
-                f'router="sum" adds up softmax probabilities of a transformers model; {layer.name!r} has a '
-                f'{type(router).__name__} and {type(layer.experts).__name__}: use router="map"'
-            )
-        if not isinstance(router, SumRouter):
-            router.__class__ = class_of(SumRouter, type(router))
-        router.expert_map = layer.expert_map
-    model.config.router_rows = "sum"
-    return model
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Save config.json, and the file that its `auto_map` names."""
+        auto_model, _ = _heads(type(self).unmerged_type)
+        names = {"AutoConfig": type(self).__name__, auto_model: _model_class(type(self)).__name__}
+        self.auto_map = {auto: f"{LOADER}.{name}" for auto, name in names.items()}
+        super().save_pretrained(save_directory, **kwargs)
+        code = LOADER_CODE.format(module=type(self).__module__, names=", ".join(names.values()))
+        (Path(save_directory) / f"{LOADER}.py").write_text(code, "utf-8")
 
 
 class MappedModel:
-    """Before a class of models: `config.expert_map`, decoder layer to map, says how many experts each layer stores.
+    """Before a class of models: `config.expert_map`, layer to map, says how many experts each layer stores.
 
     `config.router_rows` is "map" (every router row is chosen by itself) or "sum" (see `SumRouter`).
     """
 
     fields: ClassVar = {"expert_map": None, "router_rows": "map"}
+    register_for_auto_class = classmethod(_stay_here)
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         if not config.expert_map:
-            raise ValueError(f"{type(config).__name__} needs expert_map: decoder layer to one stored expert per row")
+            raise ValueError(f"{type(config).__name__} needs expert_map: layer to one stored expert per row")
         for layer in expert_view(self):
             self.prepare(layer.experts, layer_number(layer.name))
         if config.router_rows == "sum":
             sum_rows(self)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        # That of Switch's block looks for as many experts as the router has rows; its parts are met one by one too.
+        if not is_switch_router(getattr(module, "router", None)):
+            super()._init_weights(module)
+
     def prepare(self, experts: nn.Module, number: str) -> None:
         """Give the experts of one layer the shapes that the configuration says."""
         shrink(experts, self.config.expert_map[number])
-
-
-def shrink(experts: nn.Module, expert_map: Sequence[int]) -> nn.Module:
-    """Give a module of fused experts new, uninitialised tensors with as many experts as the map names, in place."""
-    stored = max(expert_map) + 1
-    if sorted(set(expert_map)) != list(range(stored)):
-        raise ValueError(f"expert_map must lead to every stored expert 0..{stored - 1}, got {list(expert_map)}")
-    for name, old in dict(experts.named_parameters(recurse=False)).items():
-        new = torch.empty((stored, *old.shape[1:]), dtype=old.dtype, device=old.device)
-        setattr(experts, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    experts.num_experts = stored
-    if not isinstance(experts, MappedExperts):
-        experts.__class__ = class_of(MappedExperts, type(experts))
-    experts.expert_map = tuple(int(place) for place in expert_map)
-    return experts
-
-
-def shell(module: nn.Module) -> nn.Module:
-    """A copy of a module that shares its tensors until they are replaced, and nothing else: not its hooks either."""
-    new = copy.copy(module)
-    for key, value in vars(module).items():
-        if isinstance(value, dict | set):
-            new.__dict__[key] = copy.copy(value)
-    return new
 
 
 def replaced(model: nn.Module, experts: Mapping[str, nn.Module]) -> nn.Module:
@@ -169,7 +101,11 @@ def replaced(model: nn.Module, experts: Mapping[str, nn.Module]) -> nn.Module:
 
     Returns:
         The new model: of a subclass that saves and loads, where experts are `MappedExperts`.
+
+    Raises:
+        ValueError: NaN or Inf in an expert of the model, or an architecture that could not be saved.
     """
+    check_finite(model)
     memo = {id(layer.experts): experts[layer.name] for layer in expert_view(model)}
     families = {getattr(new, "family", None) for new in experts.values()}
     fused = families != {None}
@@ -197,11 +133,11 @@ def describe(config, experts: Mapping[str, MappedExperts]) -> None:
 
 
 def layer_number(name: str) -> str:
-    """The number of the decoder layer in a block's name, as config.json writes it."""
-    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    """The number of the layer in a block's name, as config.json writes it: "3", "encoder.3" or "decoder.3"."""
+    found = re.search(r"(?:^|\.)(?:layers|(encoder|decoder)\.block)\.(\d+)\.", name)
     if found is None:
         raise ValueError(f"the block {name!r} stands in no numbered layer, so its map cannot be written to a config")
-    return found[1]
+    return ".".join(filter(None, found.groups()))
 
 
 def _classes(model: nn.Module, family: str) -> tuple[type, type]:
@@ -210,8 +146,19 @@ def _classes(model: nn.Module, family: str) -> tuple[type, type]:
     for (known, _), (config_class, model_class, base) in _models.items():
         if known == family and base is own:
             return config_class, model_class
-    names = ", ".join(f"{name}ForCausalLM" for name, _ in ARCHITECTURES.values())
+    names = ", ".join(name + _heads(kind)[1] for kind, (name, _) in ARCHITECTURES.items())
     raise ValueError(f"merged experts of {type(model).__name__} could not be saved and loaded again; known are {names}")
+
+
+def _heads(kind: str) -> tuple[str, str]:
+    """The Auto class of a model type, and how the names of its models end."""
+    if kind in ENCODERS:
+        return "AutoModelForSeq2SeqLM", "ForConditionalGeneration"
+    return "AutoModelForCausalLM", "ForCausalLM"
+
+
+def _model_class(config_class: type) -> type:
+    return next(model for config, model, _ in _models.values() if config is config_class)
 
 
 def merged_classes(kind: str) -> tuple[type, type]:
@@ -223,20 +170,6 @@ def merged_classes(kind: str) -> tuple[type, type]:
     return _models[MappedExperts.family, kind][:2]
 
 
-@lru_cache
-def lookup(expert_map: tuple[int, ...], device: torch.device) -> Int[Tensor, " experts"]:
-    return torch.tensor(expert_map, device=device)
-
-
-@lru_cache
-def class_of(mixin: type, experts_class: type[nn.Module]) -> type[nn.Module]:
-    """The class `mixin` before a class of fused experts; one class for each pair, so that it can be pickled."""
-    name = f"{mixin.family.capitalize()}{experts_class.__name__}"
-    made = type(name, (mixin, experts_class), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
-    setattr(sys.modules[mixin.__module__], name, made)
-    return made
-
-
 def register(mixin: type, model_mixin: type, *, same_files: bool) -> None:
     """Make a configuration and a model class of each architecture, and tell the Auto classes about them.
 
@@ -245,19 +178,23 @@ def register(mixin: type, model_mixin: type, *, same_files: bool) -> None:
         model_mixin: of the model, whose `prepare` shapes the experts.
         same_files: files keep one tensor an expert, under the names of the architecture.
     """
-    family, here = mixin.family, {"__module__": mixin.__module__}
+    family, here = mixin.family, {"__module__": model_mixin.__module__}
     for kind, (name, _) in ARCHITECTURES.items():
-        config_base, base = (getattr(transformers, f"{name}{end}") for end in ("Config", "ForCausalLM"))
+        auto_model, head = _heads(kind)
+        config_base, base = (getattr(transformers, f"{name}{end}") for end in ("Config", head))
         fields = {**here, "__doc__": f"{name}Config for {family} experts.", "model_type": f"{family}_{kind}"}
-        config = type(f"{family.capitalize()}{name}Config", (config_base,), {**fields, **model_mixin.fields})
-        fields = {**here, "__doc__": f"{name}ForCausalLM that stores fewer experts.", "config_class": config}
-        model = type(f"{family.capitalize()}{name}ForCausalLM", (model_mixin, base), {**fields, "unmerged": base})
+        fields["unmerged_type"] = kind
+        config = type(
+            f"{family.capitalize()}{name}Config", (MergedConfig, config_base), {**fields, **model_mixin.fields}
+        )
+        fields = {**here, "__doc__": f"{name}{head} that stores fewer experts.", "config_class": config}
+        model = type(f"{family.capitalize()}{name}{head}", (model_mixin, base), {**fields, "unmerged": base})
         for made in (config, model):
-            setattr(sys.modules[mixin.__module__], made.__name__, made)
+            setattr(sys.modules[model_mixin.__module__], made.__name__, made)
         transformers.AutoConfig.register(config.model_type, config)
-        transformers.AutoModelForCausalLM.register(config, model)
-        if same_files:
-            register_checkpoint_conversion_mapping(config.model_type, get_checkpoint_conversion_mapping(kind))
+        getattr(transformers, auto_model).register(config, model)
+        if same_files and (conversion := get_checkpoint_conversion_mapping(kind)):
+            register_checkpoint_conversion_mapping(config.model_type, conversion)
         class_of(mixin, getattr(sys.modules[base.__module__], f"{name}Experts"))
         _models[family, kind] = config, model, base
 

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from notebook_kit.catalog import method
 from notebook_kit.expert_merging.adapter_retrieval import Retrieval, refine_retrieval
 from notebook_kit.expert_merging.class_gaussians import ClassGaussian, align_head, fit_gaussian
+from notebook_kit.expert_merging.surgery_file import take_up, weights_of
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.weights import load, save
 
@@ -91,8 +92,8 @@ class ModelSurgery:
         self.adapter_momentum, self.orthogonality, self.statistics = adapter_momentum, orthogonality, statistics
         self.epochs, self.lr, self.weight_decay, self.batch_size = epochs, lr, weight_decay, batch_size
         self.alignment_epochs = alignment_epochs
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self._trained:
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.trained:
             raise ValueError("nothing in the model requires a gradient: put adapters in first (ModelSurgery)")
         self.classes: list[int] = []  # labels, in the order of arrival: column c of all logits is classes[c]
         self.tasks: list[int] = []  # the task each came with
@@ -118,15 +119,15 @@ class ModelSurgery:
         new = self._check_task(x, y)
         t, seen = len(self.adapters), len(self.classes)
         columns = torch.tensor([new.index(label) for label in y.tolist()], device=y.device)
-        before = self._copy()
+        before = self.copy_adapter()
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(self.seed * 10_007 + t)
                 losses, rows = self._train(x, columns, len(new), t)
         except BaseException:
-            self._set(before)
+            self.set_adapter(before)
             raise
-        self.adapters.append(self._copy())
+        self.adapters.append(self.copy_adapter())
         self.classes += new
         self.tasks += [t] * len(new)
         old = self.head or tuple(part[:0] for part in rows)
@@ -149,7 +150,7 @@ class ModelSurgery:
         rows = nn.Linear(like.shape[1], n_new).to(like)
         old_means = torch.stack([g.centre for g in self.gaussians]) if self.gaussians else like[:0]
         earlier = self._mean_adapter() if t and self.adapter_momentum else None
-        groups = [{"params": list(self._trained.values())}, {"params": list(rows.parameters()), "lr": self.lr / 10}]
+        groups = [{"params": list(self.trained.values())}, {"params": list(rows.parameters()), "lr": self.lr / 10}]
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
         total = self.epochs * math.ceil(len(x) / self.batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
@@ -171,7 +172,7 @@ class ModelSurgery:
                 optimizer.step()
                 schedule.step()
                 if earlier is not None:
-                    self._set(merge_with_earlier(self._copy(), earlier, self.adapter_momentum))
+                    self.set_adapter(merge_with_earlier(self.copy_adapter(), earlier, self.adapter_momentum))
                 losses.append(loss.item())
         self.model.eval()
         return losses, (rows.weight.detach(), rows.bias.detach())
@@ -186,12 +187,12 @@ class ModelSurgery:
         """
         if not 0 <= adapter < len(self.adapters):
             raise ValueError(f"adapter must be one of {len(self.adapters)} learnt so far, got {adapter} (ModelSurgery)")
-        last = self._copy()
+        last = self.copy_adapter()
         try:
-            self._set(self.adapters[adapter])
+            self.set_adapter(self.adapters[adapter])
             return self.features(self.model.eval(), x)
         finally:
-            self._set(last)
+            self.set_adapter(last)
 
     def logits(self, x: Float[Tensor, "n ..."]) -> tuple[Float[Tensor, "tasks n classes"], Float[Tensor, "n classes"]]:
         """Compute what retrieval works on: the head's logits under every adapter, and the prototypes' cosines.
@@ -232,14 +233,7 @@ class ModelSurgery:
     # ------------------------------------------------------------ keeping
     def weights(self) -> dict[str, Tensor]:
         """All that was learnt, as tensors: adapters, head, prototypes, Gaussians, classes; not the backbone."""
-        if not self.adapters:
-            raise ValueError("nothing was learnt yet, so there is nothing to keep: call `learn` first")
-        state = {f"adapters.{t}.{name}": p for t, adapter in enumerate(self.adapters) for name, p in adapter.items()}
-        for c, gaussian in enumerate(self.gaussians):
-            state |= {f"gaussians.{c}.{field}": tensor for field, tensor in vars(gaussian).items()}
-        state |= {"head.weight": self.head[0], "head.bias": self.head[1], "prototypes": self.prototypes}
-        state |= {"classes": torch.tensor(self.classes), "tasks": torch.tensor(self.tasks)}
-        return state | {"backbone": self._fingerprint()}
+        return weights_of(self)
 
     def save(self, path: str | Path) -> Path:
         """Write `weights()` as a safetensors file."""
@@ -252,35 +246,8 @@ class ModelSurgery:
             ValueError: the file was made on another backbone or with other adapters, lacks a part, or holds NaN.
                 Nothing is changed then.
         """
-        device = next(iter(self._trained.values())).device
-        state = {name: tensor.to(device) for name, tensor in load(path).items()}
-        lacking = [
-            k for k in ("head.weight", "head.bias", "prototypes", "classes", "tasks", "backbone") if k not in state
-        ]
-        if lacking:
-            raise ValueError(f"{path} holds no state of ModelSurgery: it lacks {lacking[0]!r}")
-        broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-        if broken:
-            raise ValueError(f"{broken[0]!r} of {path} holds NaN or Inf")
-        own = self._fingerprint()
-        if state["backbone"].shape != own.shape or not torch.allclose(state["backbone"], own, rtol=1e-4):
-            raise ValueError(f"{path} was made on another backbone; build the model with the weights it had then")
-        adapters = []
-        for t in range(int(state["tasks"].max()) + 1):
-            prefix = f"adapters.{t}."
-            adapters.append({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-            shapes = [{k: tuple(v.shape) for k, v in part.items()} for part in (self._trained, adapters[t])]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"adapter {t} of {path} has other tensors than the adapters of this model")
-        classes, tasks = state["classes"].tolist(), state["tasks"].tolist()
-        fields = ("share", "mean", "factor")
-        lost = [f"gaussians.{c}.{f}" for c in range(len(classes)) for f in fields if f"gaussians.{c}.{f}" not in state]
-        if lost:
-            raise ValueError(f"{path} lacks {lost[0]!r}")
-        self.classes, self.tasks, self.adapters = classes, tasks, adapters
-        self.gaussians = [ClassGaussian(*(state[f"gaussians.{c}.{f}"] for f in fields)) for c in range(len(classes))]
-        self.head, self.prototypes = (state["head.weight"], state["head.bias"]), state["prototypes"]
-        self._set(adapters[-1])
+        device = next(iter(self.trained.values())).device
+        take_up(self, {name: tensor.to(device) for name, tensor in load(path).items()}, path)
 
     # ------------------------------------------------------------ inside
     def _check_task(self, x: Tensor, y: Tensor) -> list[int]:
@@ -300,18 +267,14 @@ class ModelSurgery:
         return labels.tolist()
 
     def _mean_adapter(self) -> dict[str, Tensor]:
-        return {name: torch.stack([a[name] for a in self.adapters]).mean(0) for name in self._trained}
+        return {name: torch.stack([a[name] for a in self.adapters]).mean(0) for name in self.trained}
 
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+    def copy_adapter(self) -> dict[str, Tensor]:
+        """The adapter that is in the model now."""
+        return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
     @torch.no_grad()
-    def _set(self, adapter: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._trained.items():
+    def set_adapter(self, adapter: Mapping[str, Tensor]) -> None:
+        """Put an adapter into the model."""
+        for name, parameter in self.trained.items():
             parameter.copy_(adapter[name])
-
-    def _fingerprint(self) -> Tensor:
-        """Norms of the frozen tensors: enough to notice another backbone."""
-        return torch.stack(
-            [p.detach().float().norm() for name, p in self.model.named_parameters() if name not in self._trained]
-        )

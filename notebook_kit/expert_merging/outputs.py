@@ -6,8 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from notebook_kit.expert_merging.view import PARTS, ExpertLayer, expert_view
+from notebook_kit.alignment.taps import each, listening, run
+from notebook_kit.expert_merging.plan import check_trace
+from notebook_kit.expert_merging.view import ExpertLayer, expert_view
 from notebook_kit.routing import RoutingTrace
+from notebook_kit.routing.switch import heard_by, is_switch_router, switch_decision
 from notebook_kit.weights import at_least_float32
 
 CHUNK = 1024  # tokens that run through the experts at a time
@@ -17,13 +20,15 @@ Inputs = dict[str, tuple[Float[Tensor, "tokens d"], Int[Tensor, "tokens k"]]]
 def hidden_units(
     layer: ExpertLayer, weights: Mapping[str, Tensor], x: Float[Tensor, "tokens d"]
 ) -> Float[Tensor, "tokens f"]:
-    """What an expert's `down` reads: act(gate x) * up x, or the gating of the architecture's own.
+    """What an expert's `down` reads: act(gate x) * up x, the gating of the architecture's own, or act(up x).
 
     Args:
         layer: whose gating is used.
         weights: gate, up and their biases if there are any.
         x: inputs.
     """
+    if not layer.gated:
+        return _activation(layer)(x @ weights["up"].T)
     gate, up = x @ weights["gate"].T, x @ weights["up"].T
     if "gate_bias" in weights:
         gate, up = gate + weights["gate_bias"], up + weights["up_bias"]
@@ -46,7 +51,7 @@ def expert_outputs(layer: ExpertLayer, x: Float[Tensor, "tokens d"]) -> Float[Te
     x = at_least_float32(x)
 
     def run(e: int) -> Tensor:  # one expert in float32 at a time
-        return expert_output(layer, dict(zip(PARTS, map(at_least_float32, layer.expert(e)), strict=False)), x)
+        return expert_output(layer, dict(zip(layer.parts, map(at_least_float32, layer.expert(e)), strict=True)), x)
 
     return torch.stack([run(e) for e in range(len(layer))])
 
@@ -64,12 +69,17 @@ def output_statistics(
 
     Returns:
         Sim_ij = 1/T Σ_t cos(E_i(x_t), E_j(x_t)) in [−1, 1], and the mean outputs o_i = 1/T Σ_t E_i(x_t).
+
+    Raises:
+        ValueError: an output is NaN or infinite.
     """
     cosine, mean = 0, 0
     for piece in x.split(max(chunk, CHUNK)):
         outputs = expert_outputs(layer, piece)
         unit = nn.functional.normalize(outputs, dim=-1).flatten(1)
         cosine, mean = cosine + unit @ unit.T, mean + outputs.sum(1)
+    if not (torch.isfinite(cosine).all() and torch.isfinite(mean).all()):
+        raise ValueError(f"outputs of the experts of {layer.name!r} hold NaN or Inf: is the model broken?")
     return (cosine / len(x)).clamp(-1, 1), mean / len(x)
 
 
@@ -87,29 +97,54 @@ def calibration_inputs(
     Raises:
         ValueError: no batches, and no token ids in the trace either.
     """
-    inputs = expert_inputs(model, trace_batches(trace) if batches is None else batches)
+    inputs = expert_inputs(model, trace_batches(trace, next(model.parameters()).device) if batches is None else batches)
     if most is None:
         return inputs
-    total = len(next(iter(inputs.values()))[0])
-    kept = torch.linspace(0, total - 1, min(most, total)).round().long()
-    return {name: (x[kept], chosen[kept]) for name, (x, chosen) in inputs.items()}
+    thinned = {}
+    for name, (x, chosen) in inputs.items():  # an encoder and a decoder may have different numbers
+        kept = torch.linspace(0, len(x) - 1, min(most, len(x))).round().long()
+        thinned[name] = (x[kept], chosen[kept])
+    return thinned
 
 
-def trace_batches(trace: RoutingTrace) -> list[dict[str, Int[Tensor, "n length"]]]:
+def trace_batches(trace: RoutingTrace, device: torch.device | str = "cpu") -> list[dict[str, Int[Tensor, "n length"]]]:
     """The text of a trace as batches of sequences of one length.
+
+    Args:
+        trace: holds the token ids.
+        device: where the batches shall be.
 
     Raises:
         ValueError: the trace is empty or has no token ids.
     """
+    check_trace(trace)
     if (trace.tokens < 0).any():
         raise ValueError("the trace has no token ids, so its inputs cannot be run again: give batches=...")
     order = torch.argsort(trace.sequences * (int(trace.positions.max()) + 1) + trace.positions)
     lengths = torch.unique_consecutive(trace.sequences[order], return_counts=True)[1].tolist()
-    by_length: dict[int, list[Tensor]] = {}
-    for sequence in trace.tokens[order].split(lengths):
-        by_length.setdefault(len(sequence), []).append(sequence)
-    stacks = [torch.stack(rows) for rows in by_length.values()]
-    return [{"input_ids": part} for stack in stacks for part in stack.split(64)]
+    texts = {"input_ids": trace.tokens[order].split(lengths)}
+    if trace.layers[0].startswith(("encoder.", "decoder.")):
+        texts = _pairs(trace, texts["input_ids"], order, lengths)
+    by_length: dict[tuple[int, ...], list[tuple[Tensor, ...]]] = {}
+    for rows in zip(*texts.values(), strict=True):
+        by_length.setdefault(tuple(map(len, rows)), []).append(rows)
+    stacks = [[torch.stack(column).to(device).split(64) for column in zip(*rows)] for rows in by_length.values()]
+    return [dict(zip(texts, parts, strict=True)) for stack in stacks for parts in zip(*stack, strict=True)]
+
+
+def _pairs(trace: RoutingTrace, sequences: tuple[Tensor, ...], order: Tensor, lengths: list[int]) -> dict:
+    """What the encoder read and what the decoder read, told apart by which layers heard them."""
+    number = next((i for i, name in enumerate(trace.layers) if name.startswith("encoder.")), None)
+    heard = torch.zeros(len(trace), dtype=torch.bool) if number is None else heard_by(trace, number)
+    read = [bool(part[0]) for part in heard[order].split(lengths)]
+    source = [sequence for sequence, mine in zip(sequences, read, strict=True) if mine]
+    target = [sequence for sequence, mine in zip(sequences, read, strict=True) if not mine]
+    if len(source) != len(target):
+        raise ValueError(
+            f"the trace has {len(source)} texts of the encoder and {len(target)} of the decoder, which make no pairs: "
+            "give batches=..."
+        )
+    return {"input_ids": source, "decoder_input_ids": target}
 
 
 @torch.no_grad()
@@ -131,24 +166,23 @@ def expert_inputs(model: nn.Module, batches: Iterable) -> Inputs:
     for layer in expert_view(model):
 
         def heard(module, args, output, name=layer.name):
+            if is_switch_router(module):
+                output = switch_decision(output)
             chosen = output[2] if isinstance(output, tuple) else output.experts
             seen[name].append((args[0].detach().reshape(-1, args[0].shape[-1]), chosen.detach()))
 
         handles.append(layer.router_module.register_forward_hook(heard))
-    try:
-        for batch in batches:
-            model(**batch) if hasattr(batch, "keys") else model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not all(seen.values()):
-        raise ValueError("experts need at least one batch to be run on, got none (was a generator already used up?)")
+    with listening(model, handles):
+        for batch in each(batches, "expert_inputs"):
+            run(model, batch)
     return {name: tuple(map(torch.cat, zip(*calls, strict=True))) for name, calls in seen.items()}
 
 
 def _activation(layer: ExpertLayer):
-    one = layer.experts if layer.fused else layer.experts[0]
-    act = getattr(one, "act_fn", None)
+    one = layer.experts if layer.fused else next(layer.experts.children())
+    act = getattr(one, "act_fn", getattr(one, "act", None))
     if act is None:
-        raise ValueError(f"{type(one).__name__} of {layer.name!r} has no act_fn: activation alignment cannot run it")
+        raise ValueError(
+            f"{type(one).__name__} of {layer.name!r} has no act_fn or act: activation alignment cannot run it"
+        )
     return act

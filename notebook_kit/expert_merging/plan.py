@@ -1,24 +1,19 @@
-"""Plan, then apply: which experts join and with what weight, and the smaller model that follows from it.
+"""The plan: which experts of a layer join, and with what weight.
 
-Every method of this room makes a plan (layer to groups and weights) and applies it; they differ in how they group and
-in how they combine a group into one expert.
+Every method of this room makes a plan (layer to groups and weights) and applies it (`apply`); they differ in how they
+group and in how they combine a group into one expert.
 """
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from notebook_kit.expert_merging.mapped import replaced, shell, shrink, sum_rows
-from notebook_kit.expert_merging.view import ExpertLayer, expert_view, fused_parts
+from notebook_kit.expert_merging.view import expert_view
 from notebook_kit.routing import RoutingTrace
 from notebook_kit.weights import at_least_float32
-
-# Gate [f, d], up [f, d], down [d, f], and their biases where the architecture has them.
-Expert = tuple[Float[Tensor, "..."], ...]
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,6 @@ class LayerPlan:
         return tuple(group[0] for group in self.groups)
 
 
-Combine = Callable[[ExpertLayer, tuple[int, ...], tuple[float, ...]], Expert]
-
-
 def usage_of(trace: RoutingTrace, model: nn.Module) -> dict[str, Float[Tensor, " experts"]]:
     """Each expert's share of the routed (token, slot) pairs, layer by layer: f_i, Σ_i f_i = 1.
 
@@ -68,8 +60,10 @@ def usage_of(trace: RoutingTrace, model: nn.Module) -> dict[str, Float[Tensor, "
 
     Raises:
         ValueError: the trace is empty, or is of another model (other layers or numbers of experts).
+        TypeError: not a trace at all.
     """
     layers = expert_view(model)
+    check_trace(trace)
     names = [layer.name for layer in layers]
     if list(trace.layers) != names:
         raise ValueError(
@@ -91,6 +85,17 @@ def usage_of(trace: RoutingTrace, model: nn.Module) -> dict[str, Float[Tensor, "
             )
         usage[layer.name] = routing.load
     return usage
+
+
+def check_trace(trace: object) -> None:
+    """Refuse what is no trace.
+
+    Raises:
+        TypeError: not a RoutingTrace.
+    """
+    if not isinstance(trace, RoutingTrace):
+        kind = type(trace).__name__
+        raise TypeError(f"trace must be a RoutingTrace, got {kind}: record one with `record_routing(model)`")
 
 
 def check_n_experts(n_experts: int, usage: Mapping[str, Tensor], owner: str) -> None:
@@ -156,75 +161,27 @@ def cosine_similarity(vectors: Float[Tensor, "experts n"]) -> Float[Tensor, "exp
     return s.fill_diagonal_(1.0)
 
 
-def apply_plan(model: nn.Module, plan: Mapping[str, LayerPlan], combine: Combine, *, router: str = "map") -> nn.Module:
-    """Build the smaller model: one stored expert a group, the router's rows untouched, tied through a map.
-
-    Args:
-        model: with its experts unmerged; not modified.
-        plan: block name to `LayerPlan`, one for each routed layer.
-        combine: (layer, group, weights) -> (gate [f, d], up [f, d], down [d, f], and biases if there are any) of the
-            expert that stands for it.
-        router: "map" (rows are chosen one by one, and lead to their group) or "sum" (groups are chosen, by the sum of
-            their rows' probabilities).
-
-    Returns:
-        A new model. transformers models are of a subclass of their class that `save_pretrained` and
-        `from_pretrained` carry; a list of experts holds one module several times.
-
-    Raises:
-        ValueError: the plan lacks a layer or has a wrong number of experts; "sum" on a list of experts or a router
-            without a softmax.
-    """
-    layers = expert_view(model)
-    missing = [layer.name for layer in layers if layer.name not in plan]
-    if missing:
-        raise ValueError(f"the plan has no layer {missing[0]!r}, only {', '.join(plan)}")
-    experts = {}
-    for layer in layers:
-        groups = plan[layer.name]
-        if len(groups.expert_map) != len(layer):
-            raise ValueError(f"the plan of {layer.name!r} is for {len(groups.expert_map)} experts, it has {len(layer)}")
-        build = _fused if layer.fused else _listed
-        experts[layer.name] = build(layer, groups, combine)
-    new = replaced(model, experts)
-    return sum_rows(new) if router == "sum" else new
-
-
-@torch.no_grad()
-def _fused(layer: ExpertLayer, plan: LayerPlan, combine: Combine) -> nn.Module:
-    new = shrink(shell(layer.experts), plan.expert_map)
-    parts = fused_parts(new)
-    for number, (group, weights) in enumerate(zip(plan.groups, plan.weights, strict=True)):
-        for part, tensor in zip(parts, combine(layer, group, weights), strict=True):
-            part[number].copy_(tensor)
-    return new
-
-
-@torch.no_grad()
-def _listed(layer: ExpertLayer, plan: LayerPlan, combine: Combine) -> nn.ModuleList:
-    merged = []
-    for group, weights in zip(plan.groups, plan.weights, strict=True):
-        expert = copy.deepcopy(layer.experts[group[0]])
-        for name, tensor in zip(layer.names, combine(layer, group, weights), strict=True):
-            getattr(expert, name).weight.copy_(tensor)
-        merged.append(expert)
-    return nn.ModuleList(merged[place] for place in plan.expert_map)
-
-
 def merge_weights_of(
-    usage: Float[Tensor, " experts"], groups: Sequence[Sequence[int]], rule: str
+    usage: Float[Tensor, " experts"],
+    groups: Sequence[Sequence[int]],
+    rule: str,
+    generator: torch.Generator | None = None,
 ) -> tuple[tuple[float, ...], ...]:
     """The weights of each group's average.
 
     Args:
         usage: shares f.
         groups: experts, group by group.
-        rule: "frequency" (f), "uniform" (1) or "reversed" (1 − f), each divided by its sum over the group; "dominant"
-            (the first alone). A group that no token was routed to is averaged uniformly.
+        rule: "frequency" (f), "uniform" (1), "reversed" (1 − f) or "random" (drawn from [0, 1)), each divided by its
+            sum over the group; "dominant" (the first alone). A group that no token was routed to is averaged uniformly.
+        generator: of "random".
     """
     if rule == "dominant":
         return tuple((1.0, *(0.0,) * (len(group) - 1)) for group in groups)
-    f = {"frequency": usage, "uniform": torch.ones_like(usage), "reversed": 1 - usage}[rule].double()
+    if rule == "random":
+        f = torch.rand(len(usage), generator=generator, dtype=torch.float64)
+    else:
+        f = {"frequency": usage, "uniform": torch.ones_like(usage), "reversed": 1 - usage}[rule].double()
     result = []
     for group in groups:
         share = f[list(group)]

@@ -10,6 +10,7 @@ from torch import Tensor
 from notebook_kit.expert_merging.outputs import expert_outputs
 from notebook_kit.expert_merging.view import ExpertLayer
 from notebook_kit.routing import RoutingTrace
+from notebook_kit.routing.switch import is_switch_router, switch_decision
 
 EXHAUSTIVE = 1000  # sets that are tried one by one; above that, experts are removed greedily
 Losses = dict[tuple[int, ...], float]
@@ -37,17 +38,22 @@ def best_subset(
         The set, rising; and the loss of every set that was tried.
 
     Raises:
-        ValueError: a router that scores experts apart from each other (sigmoid).
+        ValueError: a router that scores experts apart from each other (sigmoid), more experts than there are, or NaN.
 
     Source: Lu et al. (2024), equation 4; its code adds up plain norms over batches: here there is one batch. Greedy
-        removal is this kit's. Layers are judged apart, on inputs from the whole model.
+        removal is this kit's. Layers are judged apart, on inputs from the whole model; that Switch's router drops
+        tokens beyond an expert's capacity is left out of account.
     """
     if trace.scoring != "softmax":
         raise ValueError(f"reconstruction masks a softmax router; {layer.name!r} scores with a {trace.scoring}")
     logits, outputs = router_logits(layer, x), expert_outputs(layer, x)
     n = len(outputs)
+    if not 1 <= n_experts <= n:
+        raise ValueError(f"n_experts must be in [1, {n}], got {n_experts} (best_subset)")
     everything = tuple(range(n))
     z = mixture(outputs, logits, everything, trace)
+    if not torch.isfinite(z).all():
+        raise ValueError(f"the outputs of {layer.name!r} hold NaN or Inf: is the model broken? (best_subset)")
 
     def loss(kept: tuple[int, ...]) -> float:
         return torch.linalg.vector_norm(z - mixture(outputs, logits, kept, trace)).item()
@@ -85,5 +91,8 @@ def mixture(
 
 def router_logits(layer: ExpertLayer, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens experts"]:
     """What the router of a layer says about its inputs."""
-    output = layer.router_module(x)
+    router = layer.router_module
+    if is_switch_router(router):
+        return switch_decision(router(x[None]))[0].float()
+    output = router(x)
     return (output[0] if isinstance(output, tuple) else output.logits).float()

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from notebook_kit.expert_merging.mapped import ARCHITECTURES, shell
-from notebook_kit.expert_merging.plan import Combine, LayerPlan
-from notebook_kit.expert_merging.view import PARTS, expert_view
+from notebook_kit.expert_merging.apply import Combine
+from notebook_kit.expert_merging.mapped import ARCHITECTURES
+from notebook_kit.expert_merging.mapped_experts import shell
+from notebook_kit.expert_merging.plan import LayerPlan
+from notebook_kit.expert_merging.view import check_finite, expert_view
 
 
 def keep_rows(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
@@ -17,7 +19,7 @@ def keep_rows(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
     Softmax and top-k then run over the rows that are left, and renormalise by themselves.
 
     Args:
-        model: fused; not modified.
+        model: not modified.
         kept: block name to the experts that stay, equally many in each layer.
 
     Returns:
@@ -26,6 +28,7 @@ def keep_rows(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
     Raises:
         ValueError: a list of experts, a router with groups, or another number of experts in each layer.
     """
+    check_finite(model)
     numbers = {len(experts) for experts in kept.values()}
     if len(numbers) != 1:
         raise ValueError(f"a configuration knows one number of experts, layers would keep {sorted(numbers)}")
@@ -44,15 +47,21 @@ def keep_rows(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
     config, memo = copy.deepcopy(config), {}
     memo[id(model.config)] = config
     setattr(config, ARCHITECTURES[config.model_type][1], n_experts)
-    config.num_experts_per_tok = min(config.num_experts_per_tok, n_experts)
+    if hasattr(config, "num_experts_per_tok"):
+        config.num_experts_per_tok = min(config.num_experts_per_tok, n_experts)
     for layer in expert_view(model):
         experts, gate, rows = shell(layer.experts), shell(layer.router_module), torch.tensor(list(kept[layer.name]))
-        for module in (experts, gate):
-            _keep_rows(module, rows)
-            module.num_experts = n_experts
-        experts.config, gate.top_k = config, config.num_experts_per_tok
+        if isinstance(experts, nn.ModuleDict):
+            _keep_modules(experts, gate, rows)
+        else:
+            for module in (experts, gate):
+                _keep_rows(module, rows)
+            experts.config, gate.top_k = config, config.num_experts_per_tok
+        experts.num_experts = gate.num_experts = n_experts
         memo |= {id(layer.experts): experts, id(layer.router_module): gate}
     new = copy.deepcopy(model, memo)
+    for part in ("encoder", "decoder") if config.is_encoder_decoder else ():  # have configurations of their own
+        setattr(getattr(new, part).config, ARCHITECTURES[config.model_type][1], n_experts)
     for layer in expert_view(new):
         if hasattr(layer.block, "top_k"):
             layer.block.top_k = config.num_experts_per_tok
@@ -64,10 +73,19 @@ def keep_rows(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
 def _keep_rows(module: nn.Module, rows: Tensor) -> None:
     """Every parameter and buffer of fused experts and of their router has one entry an expert on its first axis."""
     module._parameters = {
-        name: nn.Parameter(p.detach()[rows].clone(), requires_grad=p.requires_grad)
+        name: None if p is None else nn.Parameter(p.detach()[rows].clone(), requires_grad=p.requires_grad)
         for name, p in module._parameters.items()
     }
     module._buffers = {name: b[rows].clone() for name, b in module._buffers.items()}
+
+
+def _keep_modules(experts: nn.ModuleDict, router: nn.Module, rows: Tensor) -> None:
+    """Switch keeps experts in a dictionary, numbered by their names, and its router's rows in a linear layer."""
+    modules = list(experts.values())
+    experts._modules = {f"expert_{place}": modules[row] for place, row in enumerate(rows.tolist())}
+    router.classifier = shell(router.classifier)
+    _keep_rows(router.classifier, rows)
+    router.classifier.out_features = len(rows)
 
 
 @torch.no_grad()
@@ -86,7 +104,7 @@ def mean_rows(model: nn.Module, plan: Mapping[str, LayerPlan], combine: Combine)
     """
     new = copy.deepcopy(model)
     for layer, whole in zip(expert_view(new), expert_view(model), strict=True):
-        parts = {name: getattr(layer, name).clone() for name in (PARTS if layer.biased else PARTS[:3])}
+        parts = {name: getattr(layer, name).clone() for name in layer.parts}
         for group, weights in zip(plan[layer.name].groups, plan[layer.name].weights, strict=True):
             for name, tensor in zip(parts, combine(whole, group, weights), strict=True):
                 parts[name][group[0]] = tensor

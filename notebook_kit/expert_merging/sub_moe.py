@@ -8,16 +8,11 @@ from torch import Tensor, nn
 
 from notebook_kit.catalog import method
 from notebook_kit.expert_merging.align_experts import Aligner, average_group
+from notebook_kit.expert_merging.apply import apply_plan
 from notebook_kit.expert_merging.clusters import k_means, led_by_usage, share_budget
 from notebook_kit.expert_merging.factored import KINDS, Factors, factor_experts
 from notebook_kit.expert_merging.outputs import Inputs, calibration_inputs, hidden_units, output_statistics
-from notebook_kit.expert_merging.plan import (
-    LayerPlan,
-    apply_plan,
-    check_n_experts,
-    merge_weights_of,
-    usage_of,
-)
+from notebook_kit.expert_merging.plan import LayerPlan, check_n_experts, merge_weights_of, usage_of
 from notebook_kit.expert_merging.subspace import merge_in_subspace, whitening_of
 from notebook_kit.expert_merging.view import ExpertLayer, expert_view
 from notebook_kit.hyperparameters import Choice, Range
@@ -137,7 +132,7 @@ def _merge(
 ) -> Factors:
     """Step 2 for one cluster."""
     members = [aligner(layer, e, group[0]) for e in group]
-    most = min(members[0]["gate"].shape)
+    most = min(members[0]["down"].shape)
     if rank > most:
         raise ValueError(f"rank must be in [1, {most}] for the experts of {layer.name!r}, got {rank} (sub_moe)")
     scales: dict[str, list[Tensor] | None] = dict.fromkeys(KINDS)

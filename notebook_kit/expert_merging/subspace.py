@@ -95,4 +95,4 @@ def whitening_of(
     if kind == "diagonal":
         moment = torch.diag(moment.diagonal())
     level = ridge * max(moment.diagonal().mean().item(), scale, 1e-12)
-    return torch.linalg.cholesky(moment + level * torch.eye(len(moment), dtype=moment.dtype))
+    return torch.linalg.cholesky(moment + level * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))

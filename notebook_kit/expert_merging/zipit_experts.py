@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from notebook_kit.alignment import feature_correlation, greedy_unions
 from notebook_kit.catalog import method
 from notebook_kit.expert_merging.align_experts import expert_of
+from notebook_kit.expert_merging.apply import Combine, Expert, apply_plan
 from notebook_kit.expert_merging.m_smoe import SIMILARITIES, plan_m_smoe
 from notebook_kit.expert_merging.outputs import Inputs, calibration_inputs, hidden_units
-from notebook_kit.expert_merging.plan import Combine, Expert, apply_plan
 from notebook_kit.expert_merging.view import ExpertLayer
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.routing import RoutingTrace
@@ -39,7 +39,8 @@ def zipit_experts(
 
     Groups as in `m_smoe`. In a group of m experts of f hidden units:
 
-    1. run every expert on the same tokens; correlate all m·f hidden activations a = act(gate x) * (up x);
+    1. run every expert on the same tokens; correlate all m·f hidden activations a = act(gate x) * (up x), or act(up x)
+       of experts without a gate;
     2. join units until f groups are left: P [m·f, f] with one 1 in each row; P_i the f rows of expert i. "greedy"
        joins the most correlated pair again and again (`greedy_unions`); "fixed-dominant" leads every unit of the
        others to the dominant expert's unit that it correlates with most;
@@ -113,10 +114,11 @@ def merge_units(
     """Steps 3 and 4: gate and up rows meet as means, down columns as sums.
 
     Args:
-        experts: gate [f, d], up [f, d], down [d, f] of each, and biases if there are any.
+        experts: gate [f, d], up [f, d], down [d, f] of each, and biases if there are any; or up and down.
         weights: of each expert; they sum to 1.
         places: merged unit of each unit.
     """
+    places = places.to(experts[0]["down"].device)
     size = torch.bincount(places.flatten(), minlength=places.shape[1])
     merged = {name: torch.zeros_like(tensor) for name, tensor in experts[0].items()}
     for expert, weight, place in zip(experts, weights, places, strict=True):

@@ -26,7 +26,7 @@ def plan_figure(plan: Float[Tensor, "units_b units_a"], *, title: str = "") -> g
 
 
 def _plan_trace(plan: Tensor, **axes) -> dict:
-    rows = incoming(plan).numpy()
+    rows = incoming(plan).cpu().numpy()
     order = np.lexsort((-rows.max(1), rows.argmax(1)))
     return heatmap(rows[order], limit=(0.0, float(rows.max())), label="share of the unit sent", **axes)
 

@@ -149,9 +149,7 @@ def tiny_switch(seed: int = 0, **overrides):
     settings = {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     settings |= {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
     settings |= {"num_experts": 8, "dropout_rate": 0.0, "decoder_start_token_id": 0}
-    return _build(
-        "SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", seed, settings, overrides
-    )
+    return _build("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", seed, settings, overrides)
 
 
 def tiny_gpt2(seed: int = 0, **overrides):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-FEW = 3  # picks that are faster found one by one
+FEW, MANY = 3, 4096  # so few picks, among so many scores, are faster found one by one
 
 
 def top_k(scores: Float[Tensor, "tokens experts"], k: int) -> Int[Tensor, "tokens k"]:
@@ -16,7 +16,7 @@ def top_k(scores: Float[Tensor, "tokens experts"], k: int) -> Int[Tensor, "token
     A maximum is promised to be the first of equals. A selection leaves ties open, so rows that have one among the
     k + 1 best are sorted by a stable sort.
     """
-    if k <= FEW:
+    if k == 1 or (k <= FEW and scores.numel() >= MANY):
         picks = [scores.max(dim=1, keepdim=True).indices]
         rest = scores.clone() if k > 1 else scores
         while len(picks) < k:
@@ -35,8 +35,8 @@ def top_k(scores: Float[Tensor, "tokens experts"], k: int) -> Int[Tensor, "token
 def _largest(scores: Float[Tensor, "tokens experts"], k: int) -> tuple[Tensor, Tensor]:
     """`torch.topk`; on a thread or two numpy needs half the time for some of few, and a fifth for nearly all."""
     n_experts = scores.shape[1]
-    scans = 64 * k <= n_experts
-    if scans or scores.device.type != "cpu" or scores.dtype != torch.float32 or torch.get_num_threads() > 2:
+    fast = 64 * k <= n_experts or scores.numel() < MANY or torch.get_num_threads() > 2
+    if fast or not scores.is_cpu or scores.dtype != torch.float32:
         return scores.topk(k, dim=1)
     values = scores.detach().numpy()
     if 2 * k > n_experts:

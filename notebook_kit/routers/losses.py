@@ -33,10 +33,8 @@ def load_balancing_loss(
     n_experts = probs.shape[1]
     if mask is not None:
         probs, experts = probs[mask], experts[mask]
-    n_tokens = max(len(probs), 1)
-    f = torch.bincount(experts.reshape(-1) + 1, minlength=n_experts + 1)[1:] / n_tokens
-    P = probs.float().sum(0) / n_tokens
-    return n_experts * (f @ P)
+    picks = torch.bincount(experts.reshape(-1) + 1, minlength=n_experts + 1)[1:]  # T f
+    return picks.float() @ probs.float().sum(0) * (n_experts / max(len(probs), 1) ** 2)
 
 
 @method(family="routers", paper="st-moe")

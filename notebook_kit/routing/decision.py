@@ -21,7 +21,8 @@ class Routing:
         claimed: the experts asked for before capacity cut some; None where nothing can be dropped.
 
     Raises:
-        ValueError: NaN in the logits.
+        ValueError: NaN in the logits, or in what an infinite one made of the probabilities. (A logit of -inf forbids an
+            expert; +inf, or a row of -inf only, is none that a softmax can weigh.)
     """
 
     logits: Float[Tensor, "tokens experts"]
@@ -32,7 +33,10 @@ class Routing:
     claimed: Int[Tensor, "tokens k_max"] | None = None
 
     def __post_init__(self):
-        refuse_nan(self.logits, "the router's logits")
+        # Almost always the sum is finite, and so is every entry: one number says that all is well.
+        if not torch.isfinite(self.logits.sum()):
+            refuse_nan(self.logits, "the router's logits")
+            refuse_nan(self.probs, "the router's probabilities (of infinite logits)")
 
     @cached_property
     def load(self) -> Float[Tensor, " experts"]:

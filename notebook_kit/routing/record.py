@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from notebook_kit.routing.decision import Routing
+from notebook_kit.routing.switch import is_switch_router, switch_decision, switch_routers
 from notebook_kit.routing.trace import RoutingTrace
 
 
@@ -37,7 +38,9 @@ def record_routing(model: nn.Module, *, tokenizer: Any = None) -> Iterator[Routi
                     model(ids)
 
     Padding (attention_mask 0) is left out; `generate` continues the sequences it began. Where the model takes no
-    token ids, a batch x [n, d] is n sequences of one token, and [n, length, d] n sequences.
+    token ids, a batch x [n, d] is n sequences of one token, and [n, length, d] n sequences. An encoder and its decoder
+    (Switch Transformers) read sequences of their own: a layer that did not see a token has logits 0, expert -1 and
+    weight 0 for it.
 
     Args:
         model: a transformers mixture of experts, before or after `install`, or any module with the kit's routers.
@@ -52,15 +55,17 @@ def record_routing(model: nn.Module, *, tokenizer: Any = None) -> Iterator[Routi
     """
     recorder = _Recorder(model, tokenizer)
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
+        for part in recorder.parts:
+            stack.callback(part.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
         for name, router in recorder.routers.items():
             stack.callback(router.register_forward_hook(recorder.listen(name)).remove)
-        stack.callback(model.register_forward_hook(recorder.finish).remove)
+        for part in recorder.parts:
+            stack.callback(part.register_forward_hook(recorder.finish).remove)
         yield recorder.trace
 
 
 def _routers(model: nn.Module) -> dict[str, nn.Module]:
-    found = transformers_gates(model)
+    found = transformers_gates(model) | switch_routers(model)
     # An installed router sits inside its gate and is heard there.
     inside = {id(module) for gate in found.values() for module in gate.modules()}
     for name, module in model.named_modules():
@@ -69,7 +74,8 @@ def _routers(model: nn.Module) -> dict[str, nn.Module]:
     if not found:
         raise ValueError(
             f"no routed layer in {type(model).__name__}: looked for transformers blocks with `experts` and a router "
-            "named `gate` or `router` that has `top_k` (Mixtral, Qwen-MoE, OLMoE, DeepSeek), and for the kit's routers"
+            "named `gate` or `router` that has `top_k` (Mixtral, Qwen-MoE, OLMoE, DeepSeek), for Switch's and the "
+            "kit's routers"
         )
     return found
 
@@ -83,14 +89,23 @@ def _scoring(routing: Routing) -> str | None:
     return None
 
 
+def _unheard(router: nn.Module, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands in a trace for tokens that a layer did not see."""
+    return torch.zeros(rows, router.num_experts), torch.zeros(rows, 1), torch.full((rows, 1), -1)
+
+
 class _Recorder:
     """One forward pass at a time: `begin` reads the arguments, the routers are heard, `finish` appends a batch."""
 
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.routers, self.tokenizer, self.n_sequences = _routers(model), tokenizer, 0
-        self.signature = inspect.signature(model.forward)
         first = next(iter(self.routers.values()))
-        divides = "DeepseekV2" not in type(first).__name__  # the one gate that never divides and has no switch for it
+        # What runs on one batch of tokens: the model, or each of its stacks that routes, with the names of its layers.
+        both = [part for part in ("encoder", "decoder") if is_switch_router(first) and hasattr(model, part)]
+        names = {part: [name for name in self.routers if name.startswith(f"{part}.")] for part in both}
+        self.parts = {getattr(model, part): own for part, own in names.items() if own} or {model: list(self.routers)}
+        # The gates that never divide and have no switch for it.
+        divides = "DeepseekV2" not in type(first).__name__ and not is_switch_router(first)
         self.trace = RoutingTrace(
             list(self.routers),
             k=int(getattr(first, "top_k", None) or getattr(first, "k", None) or 1),
@@ -101,8 +116,8 @@ class _Recorder:
         self.scorings: dict[str, str] = {}  # of the layers that have shown it
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.calls: dict[str, list] = {name: [] for name in self.routers}
-        arguments = self.signature.bind_partial(*args, **kwargs).arguments
+        self.calls: dict[str, list] = {name: [] for name in self.parts[module]}
+        arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
         self.ids = arguments.get("input_ids")
         if self.ids is None and first is not None and first.ndim == 2 and not first.is_floating_point():
@@ -116,6 +131,8 @@ class _Recorder:
 
     def listen(self, name: str):
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if is_switch_router(module):
+                output = switch_decision(output)
             if isinstance(output, Routing):
                 self.see(name, output)
                 output = (output.logits, output.weights, output.experts)
@@ -145,8 +162,9 @@ class _Recorder:
             )
         if known:
             self.trace.scoring = known.pop()
-        routings = [tuple(map(torch.cat, zip(*calls, strict=True))) for calls in self.calls.values()]
-        rows = len(routings[0][0])
+        heard = {name: tuple(map(torch.cat, zip(*calls, strict=True))) for name, calls in self.calls.items()}
+        rows = len(next(iter(heard.values()))[0])
+        routings = [heard[name] if name in heard else _unheard(router, rows) for name, router in self.routers.items()]
         n, length = self._grid(rows)
         ids = torch.full((rows,), -1) if self.ids is None else self.ids.cpu().reshape(-1)
         positions, keep = self._positions(n, length)

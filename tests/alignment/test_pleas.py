@@ -19,7 +19,8 @@ from notebook_kit.alignment import (
     weight_matching,
 )
 from notebook_kit.alignment.pleas_layers import build, layer_errors
-from notebook_kit.alignment.pleas_plan import cost_of, plan_pleas, read_pair
+from notebook_kit.alignment.pleas_pair import read_pair
+from notebook_kit.alignment.pleas_plan import cost_of, plan_pleas
 from notebook_kit.alignment.split_layer import Split, SplitLayer
 from notebook_kit.diagnostics.transport import compute_table
 from notebook_kit.models import MLP

@@ -4,6 +4,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from notebook_kit import models
 from notebook_kit.alignment import (
@@ -106,6 +107,29 @@ def test_nothing_may_move_inside_a_rotary_head():
             weights[key] = weights[key][rows]
     model.load_state_dict(weights)
     assert (outputs(model) - before).abs().max() > 1e-2
+
+
+def test_planes_of_a_rotary_head_may_be_turned_and_scaled():
+    g = torch.Generator().manual_seed(0)
+    d, n = 8, 6  # of one head, and positions
+    q, k = (torch.randn(n, d, generator=g, dtype=torch.float64) for _ in "qk")
+    angles = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
+    cos, sin = (torch.cat([f(angles.double())] * 2, -1) for f in (torch.cos, torch.sin))
+
+    def scores(q, k):
+        q, k = (x[None, None] for x in (q, k))
+        q, k = apply_rotary_pos_emb(q, k, cos[None], sin[None])
+        return (q @ k.transpose(-1, -2))[0, 0]
+
+    def turned(x, scale):  # plane j holds entries j and j + d/2: a complex number each
+        phi, z = torch.rand(d // 2, generator=torch.Generator().manual_seed(1)) * 6, torch.complex(*x.chunk(2, -1))
+        z = z * torch.polar(scale, phi.double())
+        return torch.cat([z.real, z.imag], -1)
+
+    a = 0.5 + torch.rand(d // 2, generator=g, dtype=torch.float64)
+    assert (scores(turned(q, a), turned(k, 1 / a)) - scores(q, k)).abs().max() < 1e-13
+    order = torch.randperm(d, generator=g)
+    assert (scores(q[:, order], k[:, order]) - scores(q, k)).abs().max() > 0.1
 
 
 def test_the_free_sign_of_gated_units_keeps_an_expert_to_1e_12():

@@ -189,7 +189,7 @@ def test_bad_input_is_named():
         average_experts(model, trace, n_experts=9)
     with pytest.raises(ValueError, match="trace is empty"):
         m_smoe(model, RoutingTrace(list(trace.layers), k=2))
-    with pytest.raises(ValueError, match="need at least one batch"):
+    with pytest.raises(ValueError, match="m_smoe needs at least one batch"):
         m_smoe(model, trace, align="activation", batches=[])
     with pytest.raises(ValueError, match="needs batches"):
         Aligner("activation")

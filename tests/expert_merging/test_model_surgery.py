@@ -321,6 +321,7 @@ def test_a_file_of_another_learner_is_refused_and_changes_nothing(tmp_path):
         (lambda state: state.pop("prototypes"), "it lacks 'prototypes'"),
         (lambda state: state.pop("gaussians.1.mean"), r"lacks 'gaussians\.1\.mean'"),
         (lambda state: state["head.bias"].fill_(float("nan")), r"'head\.bias' of .* holds NaN"),
+        (lambda state: state.update(prototypes=state["prototypes"][:1].clone()), "'prototypes' of .* is of 1 classes"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, spoil, text):

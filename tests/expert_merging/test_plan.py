@@ -1,3 +1,6 @@
+import copy
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,14 +10,21 @@ from notebook_kit.expert_merging import (
     Aligner,
     LayerPlan,
     apply_plan,
+    average_experts,
     average_group,
     dominant_experts,
+    drop_experts,
     expert_view,
     group_by_similarity,
+    hc_smoe,
+    m_smoe,
+    mc_smoe,
     plan_m_smoe,
+    sub_moe,
     usage_of,
+    zipit_experts,
 )
-from notebook_kit.expert_merging.plan import cosine_similarity, merge_weights_of
+from notebook_kit.expert_merging.plan import check_trace, cosine_similarity, merge_weights_of
 from notebook_kit.routing import RoutingTrace
 from tests.expert_merging.moes import Listed, made_up_trace, moe, prepared
 
@@ -126,3 +136,40 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="could not be saved"):
         apply_plan(merged, dict.fromkeys(trace.layers, whole), average_group(Aligner()))
     assert moe() is not model
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        m_smoe,
+        average_experts,
+        drop_experts,
+        hc_smoe,
+        sub_moe,
+        zipit_experts,
+        functools.partial(m_smoe, align=False),
+        functools.partial(sub_moe, rank=4),
+        functools.partial(mc_smoe, steps=0),
+        functools.partial(drop_experts, by="reconstruction"),
+    ],
+)
+def test_a_broken_expert_is_never_merged(method):
+    model, trace, _ = prepared()
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.experts.down_proj[3, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        method(broken, trace, n_experts=7)
+
+
+def test_what_is_no_trace_is_refused():
+    with pytest.raises(TypeError, match="trace must be a RoutingTrace, got dict: record one"):
+        check_trace({})
+
+
+def test_equal_usage_is_averaging():
+    model, _, _ = prepared()
+    trace = made_up_trace(model, [0.125] * 8)
+    by_usage, alike = (m_smoe(model, trace, n_experts=3, merge_weights=rule) for rule in ("frequency", "uniform"))
+    for one, other in zip(by_usage.parameters(), alike.parameters(), strict=True):
+        torch.testing.assert_close(one, other)

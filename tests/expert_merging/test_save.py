@@ -3,12 +3,13 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from notebook_kit.alignment import permutation_spec, permute, random_permutations
 from notebook_kit.checkpoints import Checkpoint
-from notebook_kit.expert_merging import expert_view, m_smoe
-from notebook_kit.expert_merging.mapped import shrink
+from notebook_kit.expert_merging import expert_view, m_smoe, sub_moe
+from notebook_kit.expert_merging.mapped_experts import shrink
 from tests.expert_merging.moes import KINDS, ids, logits, moe, prepared
 
 
@@ -89,3 +90,29 @@ def test_bad_input_is_named():
     config = mapped.MappedMixtralConfig(**{k: v for k, v in model.config.to_dict().items() if k != "model_type"})
     with pytest.raises(ValueError, match="needs expert_map"):
         mapped.MappedMixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_a_folder_loads_in_programs_that_do_not_import_the_kit(rank, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path / "cache")
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    model, trace, _ = prepared()
+    new = sub_moe(model, trace, n_experts=4, rank=rank)
+    new.save_pretrained(tmp_path / "one")
+    # Such a program's Auto classes have never heard of the model type.
+    monkeypatch.delitem(configuration_auto.CONFIG_MAPPING._extra_content, new.config.model_type)
+    monkeypatch.delitem(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, type(new.config))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=False)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=True)
+    assert list((tmp_path / "cache").rglob("merged_experts.py"))  # it came by the file, not by what is registered here
+    assert type(loaded) is type(new)
+    assert torch.equal(logits(loaded), logits(new))
+    loaded.save_pretrained(tmp_path / "two")
+    assert [path.name for path in sorted((tmp_path / "two").glob("*.py"))] == ["merged_experts.py"]
+    code = (tmp_path / "two" / "merged_experts.py").read_text("utf-8")
+    assert code == (tmp_path / "one" / "merged_experts.py").read_text("utf-8")
+    monkeypatch.undo()  # where the kit is imported, the file is not needed
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two")) is type(new)

@@ -15,7 +15,7 @@ from notebook_kit.expert_merging import (
     expert_view,
     hc_smoe,
 )
-from notebook_kit.expert_merging.mapped import SumRouter
+from notebook_kit.expert_merging.sum_router import SumRouter
 from notebook_kit.routing import record_routing
 from tests.expert_merging.moes import KINDS, Listed, ids, logits, prepared
 

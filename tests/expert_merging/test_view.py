@@ -5,8 +5,8 @@ from torch import nn
 from notebook_kit import models
 from notebook_kit.expert_merging import UnknownExperts, expert_view
 from notebook_kit.expert_merging.align_experts import expert_of
+from notebook_kit.expert_merging.layout import fused_parts
 from notebook_kit.expert_merging.outputs import expert_output
-from notebook_kit.expert_merging.view import fused_parts
 from tests.expert_merging.moes import KINDS, Listed, moe
 
 

@@ -64,6 +64,21 @@ def test_the_transformers_blocks(block):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name.startswith("v")])
+def test_in_half_precision_deepseek_picks_the_same_experts(name, dtype):
+    """Its gates score in float32, whatever the model's precision."""
+    block = BLOCKS[name]().eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    block = block.to(dtype)
+    layer, x = DeepSeekMoE.from_transformers(block), torch.randn(300, 16).to(dtype)
+    torch.testing.assert_close(layer(x), block(x[None])[0], atol=0.05, rtol=0.05)
+    experts = block.gate(x)[2]
+    assert torch.equal(layer.routing.experts.sort(1).values, experts.sort(1).values)
+
+
 def test_weights_are_shared_and_gradients_equal(block):
     layer, x = DeepSeekMoE.from_transformers(block), torch.randn(2, 9, 16)
     assert layer.experts.gate_up is block.experts.gate_up_proj

@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama as llama
 from notebook_kit import models, zoo
 from notebook_kit.mixtures import ReadME, channel_scores, expert_cache, keep_channels
 from notebook_kit.mixtures.pre_gate import _rotary, _turn
-from notebook_kit.mixtures.read_me_training import router_loss, router_targets
+from notebook_kit.mixtures.read_me_targets import router_loss, router_targets
 from notebook_kit.routers import DenseToSparse, gumbel_noise
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from notebook_kit.mixtures import ContrastiveMoE, ExpertAggregator, MetaDMoE, masked_gate, mnr_loss, mnr_plus_loss
 from notebook_kit.mixtures.expert_budget import compose
-from notebook_kit.mixtures.mova_adapter import GridAttention
+from notebook_kit.mixtures.grid_attention import GridAttention
 from notebook_kit.models import MLP, tiny_bert
 
 

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from notebook_kit.alignment import pleas, transport_plan
-from notebook_kit.alignment.pleas_plan import read_pair
+from notebook_kit.alignment.pleas_pair import read_pair
 from notebook_kit.models import MLP
 
 
