@@ -242,6 +242,17 @@ def test_expert_merging(kind, method):
     assert (logits(there.cpu()) - expected).abs().max() < 0.01 * expected.abs().max()
 
 
+def test_switch_experts():
+    model, text = models.tiny_switch().cuda(), {"input_ids": ids(2, length=24), "decoder_input_ids": ids(3, length=16)}
+    with torch.no_grad(), record_routing(model) as trace:
+        model(**on("cuda", text))
+    for method in METHODS:
+        more = {} if method in ("m_smoe", "average_experts") else {"batches": [on("cuda", text)]}
+        smaller = getattr(expert_merging, method)(model, trace, n_experts=3, **more)
+        assert all(parameter.is_cuda for parameter in smaller.parameters())
+        assert smaller(**on("cuda", text)).logits.isfinite().all()
+
+
 def test_installed_routers_and_traces(tmp_path):
     model, text = moe("mixtral").cuda(), ids(n=3).cuda()
     for router, values in ((routers.TopP, {"threshold": 0.4}), (routers.NullExperts, {"n_null": 8, "k": 3})):

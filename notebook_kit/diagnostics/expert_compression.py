@@ -14,6 +14,7 @@ from notebook_kit.expert_merging.factored import KINDS, FactoredExperts
 from notebook_kit.expert_merging.low_rank import drop_rows, factor, row_sizes, split
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.routing import RoutingTrace
+from notebook_kit.routing.switch import heard_by
 
 
 def compression_frame(model: nn.Module, trace: RoutingTrace) -> pd.DataFrame:
@@ -35,7 +36,7 @@ def compression_frame(model: nn.Module, trace: RoutingTrace) -> pd.DataFrame:
         each, picks = _matrix_numbers(layer), trace.layer(number)
         load = torch.zeros(len(layer), dtype=torch.double)
         load.index_add_(0, torch.tensor(layer.expert_map), picks.load[: len(layer.expert_map)].double())
-        per_token = (picks.experts >= 0).sum().item() / len(picks)
+        per_token = (picks.experts >= 0).sum().item() / max(int(heard_by(trace, number).sum()), 1)
         stored = {id(t): t for t in layer.experts.parameters()}.values()
         size = sum(t.nbytes for t in [*stored, *layer.experts.buffers()])
         flops = 2 * per_token * float(load @ each)
@@ -46,13 +47,18 @@ def compression_frame(model: nn.Module, trace: RoutingTrace) -> pd.DataFrame:
 def _matrix_numbers(layer: ExpertLayer) -> Float[Tensor, " experts"]:
     """How many numbers the matrices of each stored expert hold."""
     if not isinstance(layer.experts, FactoredExperts):
-        return torch.full((len(layer),), float(sum(part.numel() for part in layer.expert(0)[:3]))).double()
+        numbers = sum(part.numel() for name, part in zip(layer.parts, layer.expert(0), strict=True) if _is_matrix(name))
+        return torch.full((len(layer),), float(numbers)).double()
     each = torch.zeros(len(layer), dtype=torch.double)
-    for kind in KINDS:
+    for kind in layer.experts.kinds:
         left, right, place = (getattr(layer.experts, f"{kind}_{part}") for part in ("left", "right", "place"))
         kept = torch.bincount(place.long() // left.shape[1], minlength=len(layer))
         each += left[0].numel() + right[0].numel() + kept * right.shape[2]
     return each
+
+
+def _is_matrix(part: str) -> bool:
+    return not part.endswith("_bias")
 
 
 def stable_rank_frame(model: nn.Module) -> pd.DataFrame:
@@ -63,7 +69,7 @@ def stable_rank_frame(model: nn.Module) -> pd.DataFrame:
     """
     rows = []
     for layer in expert_view(model):
-        for kind in KINDS:
+        for kind in filter(_is_matrix, layer.parts):
             w = getattr(layer, kind).float()
             w = w if w.shape[1] <= w.shape[2] else w.mT
             squares = torch.linalg.eigvalsh(w @ w.mT)  # of the singular values

@@ -17,6 +17,7 @@ from notebook_kit.expert_merging.router_rows import keep_rows
 from notebook_kit.expert_merging.view import expert_view
 from notebook_kit.hyperparameters import Choice, Range
 from notebook_kit.routing import RoutingTrace
+from notebook_kit.routing.switch import heard_by
 
 
 @method(family="expert_merging", paper="m-smoe")
@@ -104,7 +105,7 @@ def drop_experts(
     layers = expert_view(model)
     scores = usage
     if by == "probability":
-        scores = {layer.name: trace.layer(i).probs.mean(0) for i, layer in enumerate(layers)}
+        scores = {layer.name: trace.layer(i).probs[heard_by(trace, i)].mean(0) for i, layer in enumerate(layers)}
     elif by == "random":
         generator = torch.Generator().manual_seed(seed)
         scores = {name: torch.rand(len(shares), generator=generator) for name, shares in usage.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from notebook_kit.expert_merging.layout import PARTS, PLAIN
 from notebook_kit.expert_merging.mapped import MappedModel, register, replaced
 from notebook_kit.expert_merging.mapped_experts import MappedExperts, class_of, lookup, shell
-from notebook_kit.expert_merging.view import expert_view
+from notebook_kit.expert_merging.view import check_finite, expert_view
 
 KINDS = PARTS[:3]
 # One matrix: (L, R, S), S dense or None; and biases as they are.
@@ -159,8 +159,9 @@ def factor_experts(
         A model that `save_pretrained`, `from_pretrained` and `generate` work on.
 
     Raises:
-        ValueError: experts in a list, or an architecture that is not known.
+        ValueError: NaN or Inf in an expert, experts in a list, or an architecture that is not known.
     """
+    check_finite(model)
     new = {}
     for layer in expert_view(model):
         if isinstance(layer.experts, nn.ModuleList):

@@ -22,7 +22,7 @@ from transformers.conversion_mapping import (
 
 from notebook_kit.expert_merging.mapped_experts import MappedExperts, class_of, shrink
 from notebook_kit.expert_merging.sum_router import sum_rows
-from notebook_kit.expert_merging.view import check_finite, expert_view
+from notebook_kit.expert_merging.view import expert_view
 from notebook_kit.routing.switch import is_switch_router
 
 # model type: (name of its configuration and model, where the configuration keeps the number of router rows)
@@ -103,9 +103,8 @@ def replaced(model: nn.Module, experts: Mapping[str, nn.Module]) -> nn.Module:
         The new model: of a subclass that saves and loads, where experts are `MappedExperts`.
 
     Raises:
-        ValueError: NaN or Inf in an expert of the model, or an architecture that could not be saved.
+        ValueError: an architecture that could not be saved.
     """
-    check_finite(model)
     memo = {id(layer.experts): experts[layer.name] for layer in expert_view(model)}
     families = {getattr(new, "family", None) for new in experts.values()}
     fused = families != {None}

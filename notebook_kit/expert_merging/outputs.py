@@ -10,7 +10,7 @@ from notebook_kit.alignment.taps import each, listening, run
 from notebook_kit.expert_merging.plan import check_trace
 from notebook_kit.expert_merging.view import ExpertLayer, expert_view
 from notebook_kit.routing import RoutingTrace
-from notebook_kit.routing.switch import heard_by, is_switch_router, switch_decision
+from notebook_kit.routing.switch import heard_by, is_switch_router, stack_of, switch_decision
 from notebook_kit.weights import at_least_float32
 
 CHUNK = 1024  # tokens that run through the experts at a time
@@ -108,14 +108,14 @@ def calibration_inputs(
 
 
 def trace_batches(trace: RoutingTrace, device: torch.device | str = "cpu") -> list[dict[str, Int[Tensor, "n length"]]]:
-    """The text of a trace as batches of sequences of one length.
+    """The text of a trace as batches of sequences of one length; of an encoder and a decoder, as batches of pairs.
 
     Args:
         trace: holds the token ids.
         device: where the batches shall be.
 
     Raises:
-        ValueError: the trace is empty or has no token ids.
+        ValueError: the trace is empty or has no token ids, or its encoder and decoder read different numbers of texts.
     """
     check_trace(trace)
     if (trace.tokens < 0).any():
@@ -123,22 +123,25 @@ def trace_batches(trace: RoutingTrace, device: torch.device | str = "cpu") -> li
     order = torch.argsort(trace.sequences * (int(trace.positions.max()) + 1) + trace.positions)
     lengths = torch.unique_consecutive(trace.sequences[order], return_counts=True)[1].tolist()
     texts = {"input_ids": trace.tokens[order].split(lengths)}
-    if trace.layers[0].startswith(("encoder.", "decoder.")):
-        texts = _pairs(trace, texts["input_ids"], order, lengths)
+    if stack_of(trace.layers[0]):
+        texts = _pairs(trace, order, lengths)
     by_length: dict[tuple[int, ...], list[tuple[Tensor, ...]]] = {}
-    for rows in zip(*texts.values(), strict=True):
-        by_length.setdefault(tuple(map(len, rows)), []).append(rows)
-    stacks = [[torch.stack(column).to(device).split(64) for column in zip(*rows)] for rows in by_length.values()]
-    return [dict(zip(texts, parts, strict=True)) for stack in stacks for parts in zip(*stack, strict=True)]
+    for row in zip(*texts.values(), strict=True):
+        by_length.setdefault(tuple(map(len, row)), []).append(row)
+    batches = []
+    for rows in by_length.values():
+        columns = (torch.stack(column).to(device).split(64) for column in zip(*rows, strict=True))
+        batches += [dict(zip(texts, parts, strict=True)) for parts in zip(*columns, strict=True)]
+    return batches
 
 
-def _pairs(trace: RoutingTrace, sequences: tuple[Tensor, ...], order: Tensor, lengths: list[int]) -> dict:
+def _pairs(trace: RoutingTrace, order: Int[Tensor, " tokens"], lengths: list[int]) -> dict[str, list[Tensor]]:
     """What the encoder read and what the decoder read, told apart by which layers heard them."""
-    number = next((i for i, name in enumerate(trace.layers) if name.startswith("encoder.")), None)
-    heard = torch.zeros(len(trace), dtype=torch.bool) if number is None else heard_by(trace, number)
-    read = [bool(part[0]) for part in heard[order].split(lengths)]
-    source = [sequence for sequence, mine in zip(sequences, read, strict=True) if mine]
-    target = [sequence for sequence, mine in zip(sequences, read, strict=True) if not mine]
+    heard = [heard_by(trace, i) for i, name in enumerate(trace.layers) if stack_of(name).endswith("encoder")]
+    by_encoder = heard[0] if heard else torch.zeros(len(trace), dtype=torch.bool)
+    source, target = [], []
+    for rows in order.split(lengths):
+        (source if by_encoder[rows[0]] else target).append(trace.tokens[rows])
     if len(source) != len(target):
         raise ValueError(
             f"the trace has {len(source)} texts of the encoder and {len(target)} of the decoder, which make no pairs: "

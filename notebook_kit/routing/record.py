@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from notebook_kit.routing.decision import Routing
-from notebook_kit.routing.switch import is_switch_router, switch_decision, switch_routers
+from notebook_kit.routing.switch import is_switch_router, stack_of, switch_decision, switch_routers
 from notebook_kit.routing.trace import RoutingTrace
 
 
@@ -100,10 +100,11 @@ class _Recorder:
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.routers, self.tokenizer, self.n_sequences = _routers(model), tokenizer, 0
         first = next(iter(self.routers.values()))
-        # What runs on one batch of tokens: the model, or each of its stacks that routes, with the names of its layers.
-        both = [part for part in ("encoder", "decoder") if is_switch_router(first) and hasattr(model, part)]
-        names = {part: [name for name in self.routers if name.startswith(f"{part}.")] for part in both}
-        self.parts = {getattr(model, part): own for part, own in names.items() if own} or {model: list(self.routers)}
+        # What runs on one batch of tokens, with the names of its layers: the model, or an encoder and a decoder.
+        self.parts: dict[nn.Module, list[str]] = {}
+        for name, router in self.routers.items():
+            part = model.get_submodule(stack_of(name) if is_switch_router(router) else "")
+            self.parts.setdefault(part, []).append(name)
         # The gates that never divide and have no switch for it.
         divides = "DeepseekV2" not in type(first).__name__ and not is_switch_router(first)
         self.trace = RoutingTrace(
@@ -118,7 +119,9 @@ class _Recorder:
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls: dict[str, list] = {name: [] for name in self.parts[module]}
         arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+        first = arguments.get("inputs_embeds")  # masks and positions that come before it are no tokens
+        if first is None:
+            first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
         self.ids = arguments.get("input_ids")
         if self.ids is None and first is not None and first.ndim == 2 and not first.is_floating_point():
             self.ids = first

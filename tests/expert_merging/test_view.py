@@ -75,6 +75,26 @@ def test_orientation_comes_from_the_class_where_shapes_could_not_tell():
     assert (turned.gate_up_proj[:, :, 0::2] == 0).all()
 
 
+def test_fused_experts_without_a_gate_have_two_parts():
+    up, down = torch.randn(2, 3, 4), torch.randn(2, 4, 3)
+    plain = nn.Module()
+    plain.has_gate, plain.has_bias, plain.is_concatenated, plain.is_transposed = False, False, False, True
+    plain.up_proj, plain.down_proj = nn.Parameter(up.mT.contiguous()), nn.Parameter(down.mT.contiguous())
+    assert all(torch.equal(*pair) for pair in zip(fused_parts(plain), (up, down), strict=True))
+    block = nn.Module()
+    block.experts, block.gate = plain, nn.Linear(4, 2)
+    (layer,) = expert_view(nn.ModuleDict({"a": block}))
+    assert (layer.parts, len(layer), layer.width, layer.signed) == (("up", "down"), 2, 3, False)
+    layer.write(2 * up, down)
+    assert torch.equal(plain.up_proj, 2 * up.mT)
+    plain.has_bias = True
+    with pytest.raises(UnknownExperts, match="biases and no gate"):
+        fused_parts(plain)
+    plain.has_gate = True
+    with pytest.raises(UnknownExperts, match="no gate_up_proj"):
+        fused_parts(plain)
+
+
 def test_bad_input_is_named():
     with pytest.raises(UnknownExperts, match="no routed experts in LlamaForCausalLM"):
         expert_view(models.tiny_llama())

@@ -16,6 +16,7 @@ CLASSES = {
     "tiny_olmoe": "OlmoeForCausalLM",
     "tiny_deepseek_v3": "DeepseekV3ForCausalLM",
     "tiny_gpt2": "GPT2LMHeadModel",
+    "tiny_switch": "SwitchTransformersForConditionalGeneration",
 }
 
 
@@ -23,7 +24,7 @@ def inputs(name):
     ids = torch.arange(64).reshape(2, 32)
     if name == "tiny_vit":
         return {"pixel_values": torch.linspace(0, 1, 512).reshape(2, 1, 16, 16)}
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if name == "tiny_t5" else {})
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if name in ("tiny_t5", "tiny_switch") else {})
 
 
 @pytest.mark.parametrize("name", CLASSES)
