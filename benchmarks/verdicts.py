@@ -1,6 +1,6 @@
 """Do the verdicts of the lessons depend on their seeds? Every lesson is run again with all of its seeds moved.
 
-    python benchmarks/verdicts.py [--moves 1000 2000] [notebooks/21_balance.py ...]
+    python benchmarks/verdicts.py [notebooks/21_balance.py ...] [--moves 1000 2000]
 
 Shipped models, data and their splits stay as they are; what a lesson draws, initialises and trains itself changes.
 Prints each claim whose verdict, or assertion beside it, comes out otherwise than claims.toml expects.

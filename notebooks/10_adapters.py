@@ -69,7 +69,8 @@ print(f"German backwards, before any training: {before:.1f} nats per byte")
 # %% [markdown]
 # ## First, train everything
 #
-# This is full fine-tuning, the yardstick. Watch the loss in the progress bar; it takes a second or two.
+# This is full fine-tuning, the yardstick. Watch the loss in the progress bar; it takes a second or two. (Of the
+# learning rates 0.001, 0.003 and 0.006, the first is best on the validation articles.)
 
 # %%
 batches = byte_batches({"backwards": train_text}, batch_size=4, length=64)
@@ -81,7 +82,7 @@ def next_byte(model, batch):
 
 
 full = copy.deepcopy(bed.model)
-histories = {"all weights": fit(full, batches, next_byte, steps=120, lr=3e-3, desc="all weights")}
+histories = {"all weights": fit(full, batches, next_byte, steps=120, lr=1e-3, desc="all weights")}
 after = held_out(full)
 print(f"all {sum(p.numel() for p in full.parameters()):,} weights trained: {after:.2f} nats per byte")
 
@@ -172,7 +173,7 @@ print(inspect.getsource(ParallelBottleneck.forward))
 # %% [markdown]
 # The same budget for all three: as many parameters as LoRA has. `rank_for` says which rank a budget pays for. The
 # series kind stands behind each attention block and each MLP, as in the paper that invented it. The learning rates are
-# the best of 0.003, 0.006 and 0.01, tried beforehand.
+# the best of 0.003, 0.006 and 0.01 on the validation articles.
 
 # %%
 from notebook_kit.adapters import rank_for
@@ -185,7 +186,7 @@ for adapter, (model, targets) in shapes.items():
     attach(model, adapter, targets=targets, rank=rank)
     print(f"{adapter.__name__}: rank {rank}, {trainable_parameters(model).parameters.sum():,} parameters")
 assert len({trainable_parameters(model).parameters.sum() for model in (lora, series, parallel)}) == 1
-runs = {"LoRA": (lora, 6e-3), "series": (series, 1e-2), "parallel": (parallel, 1e-2)}
+runs = {"LoRA": (lora, 6e-3), "series": (series, 1e-2), "parallel": (parallel, 6e-3)}
 for name, (model, lr) in runs.items():
     histories[name] = fit(model, batches, next_byte, steps=120, lr=lr, desc=name)
 
@@ -206,7 +207,7 @@ pd.DataFrame({"held out, nats per byte": losses, "share of the gain": shares}).r
 # ## The claim
 #
 # The LoRA paper says that low-rank adapters match full fine-tuning. Here is the small version of it. Three seeds gave
-# 92 %, 88 % and 91 % when this lesson was written; the claim asks for 75 %. It does not say "equal": at this scale, in
+# 87 %, 87 % and 85 % when this lesson was written; the claim asks for 75 %. It does not say "equal": at this scale, in
 # 120 steps, a gap stays.
 
 # %%
@@ -231,8 +232,9 @@ print(f"rank 4: cut from full fine-tuning {cuts[4]:.0%}, trained as LoRA {shares
 # ## Where should an adapter sit?
 #
 # The LLM-Adapters paper compared places and found that bottlenecks belong to the MLP rather than to the attention. We
-# ask the same at equal budget, four runs of a second or two. Over three seeds the gaps were 0.12 to 0.18 (parallel)
-# and 0.17 to 0.24 (series) nats per byte; 0.05 or more counts.
+# ask the same, four runs of a second or two. The two budgets are such that either place can spend them to the last
+# parameter, and the learning rate 0.01 suits all four. Over three seeds the gaps were 0.12 to 0.18 (parallel) and 0.17
+# to 0.24 (series) nats per byte; 0.05 or more counts.
 
 # %%
 BUDGET = {"parallel": 22_176, "series": 20_736}

@@ -259,7 +259,7 @@ print("across networks only:         ", alignment.greedy_unions(correlation, 2, 
 print(inspect.getsource(project))
 
 # %% [markdown]
-# We train three such pairs, and score each network on its own five digits. "average" and "matched" share both hidden
+# We train six such pairs, and score each network on its own five digits. "average" and "matched" share both hidden
 # layers and keep two heads; so does ZipIt at depth 2. At depth 1 each network also keeps its second layer.
 
 
@@ -296,15 +296,16 @@ def compare(pair):
     return {name: pd.Series(by_task(pair[0], weights)).mean() for name, weights in ways.items()}
 
 
-pairs = {seed: two_tasks(seed) for seed in (0, 4, 6)}
+pairs = {seed: two_tasks(seed) for seed in range(0, 12, 2)}
 tasks = pd.DataFrame({seed: compare(pair) for seed, pair in pairs.items()}).T.rename_axis("seed").T
-tasks.round(2)
+tasks.assign(mean=tasks.mean(axis=1)).round(2)
 
 # %% [markdown]
-# Three things to see. Matching units one to one barely helps here, if at all. Leaving the second layers apart helps a
-# lot. And the budget `beta` for joining units *within* a network matters most: with 0, hardly better than matching;
-# with 1, almost nothing is lost although half of the units are gone. These small networks are redundant, and it costs
-# less to join a unit with its double next door than with a stranger. (The code's default is 0.125.)
+# Pairs differ, so look at the last column. Matching units one to one helps some pairs and hurts others. Leaving the
+# second layers apart helps more. And the budget `beta` for joining units *within* a network matters most: with 0, no
+# better than matching; with 1, almost nothing is lost although half of the units are gone. These small networks are
+# redundant, and it costs less to join a unit with its double next door than with a stranger. (The code's default is
+# 0.125.)
 
 # %%
 within = tasks.loc["depth 2, beta 1"] - tasks.loc["depth 2, beta 0"]
@@ -313,27 +314,34 @@ claim(
     "zipit",
     "Joining units within each network too keeps more than pairing them across networks only",
     holds=bool((within > 0.03).all()),
-    figure=f"{100 * within.min():.0f} to {100 * within.max():.0f} points, 3 pairs of seeds",
+    figure=f"{100 * within.min():.0f} to {100 * within.max():.0f} points, 6 pairs of seeds",
 )
 
 # %%
 partial = tasks.loc["depth 1, beta 0.125"] - tasks.loc["depth 2, beta 0.125"]
-assert (partial > 0.01).all()
+assert partial.mean() > 0.01
 claim(
     "zipit",
-    "Leaving the upper layers apart keeps more than zipping all hidden layers",
-    holds=bool((partial > 0.01).all()),
-    figure=f"{100 * partial.min():.0f} to {100 * partial.max():.0f} points, 3 pairs of seeds",
+    "Leaving the upper layers apart keeps on average at least one point more than zipping all hidden layers",
+    holds=bool(partial.mean() > 0.01),
+    figure=f"{100 * partial.mean():.0f} points, from {100 * partial.min():.0f} to {100 * partial.max():.0f}, "
+    "6 pairs of seeds",
 )
 
+# %% [markdown]
+# With the usual budget the lead over the averages is small, and not every pair shows it: in some, one of the two
+# averages does better. So the claim is about the mean.
+
 # %%
-default = tasks.loc["depth 2, beta 0.125"] - tasks.loc[["average", "matched"]].max()
-always = bool((default > 0).all())
+leads = tasks.loc["depth 2, beta 0.125"] - tasks.loc[["average", "matched"]]
+smaller, pair = leads.mean(axis=1).min(), leads.min()
+assert smaller > 0
 claim(
     "zipit",
-    "With its usual budget, ZipIt of all hidden layers beats both averages of networks with different tasks",
-    holds=always,
-    figure=f"{100 * default.min():.0f} to {100 * default.max():.0f} points, 3 pairs of seeds",
+    "With its usual budget, ZipIt of all hidden layers keeps on average more than either average of two tasks",
+    holds=bool(smaller > 0),
+    figure=f"{100 * smaller:.0f} points more than the better kind; pair by pair "
+    f"{100 * pair.min():.0f} to {100 * pair.max():.0f} points, 6 pairs of seeds",
 )
 
 # %% [markdown]
