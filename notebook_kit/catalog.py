@@ -121,7 +121,7 @@ def cite(name: str | Callable) -> str:
     key = name if isinstance(name, str) else getattr(name, "__name__", str(name))
     if key in papers():
         return _bibtex(key)
-    known = methods()
+    known = _methods if key in _methods else methods()  # all rooms are imported only to look for it
     if key not in known:
         near = difflib.get_close_matches(key, [*known, *papers()], n=3)
         hint = f"; near it: {', '.join(near)}" if near else ""
