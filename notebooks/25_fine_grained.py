@@ -449,17 +449,18 @@ claim(
 )
 
 # %% [markdown]
-# It does. Are two of four now as good as all four? Not yet. The paper trains from scratch, for 200,000 steps; sixty are
-# a beginning.
+# It does. Are two of four now as good as all four? To be fair, the dense network too gets the 60 steps, on the same
+# batches. It stays ahead. The paper trains from scratch, for 200,000 steps; sixty are a beginning.
 
 # %%
+longer = [teach(copy.deepcopy(reader), 60, 2e-3, seed) for seed, reader in enumerate(readers)]
 with torch.no_grad():
-    dense = sum(map(accuracy, readers)) / 3
+    before, dense = (sum(map(accuracy, nets)) / 3 for nets in (readers, longer))
 claim(
     "uoe",
-    "Fine-tuned for 60 steps, two experts of four come within 2 points of the dense network's accuracy",
+    "After 60 more steps for both, two experts of four come within 2 points of the dense network's accuracy",
     holds=max(reached.values()) > dense - 0.02,
-    figure=f"{max(reached.values()):.2f} against {dense:.2f}, 3 networks",
+    figure=f"{max(reached.values()):.2f} against {dense:.2f} ({before:.2f} before these steps), 3 networks",
 )
 
 # %% [markdown]

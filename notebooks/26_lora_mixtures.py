@@ -138,7 +138,7 @@ table.round(2)
 # ## SMoRA: the finer, the better?
 #
 # `granularity` is the number of ranks that are switched together. 32 ranks, 8 of them active: blocks of 8 leave a token
-# 4 choices, single ranks ten million. (Learning rate 0.005: the better of two for every granularity.)
+# 4 choices, single ranks ten million. (Learning rate 0.005: the better of two for every granularity, on validation.)
 
 # %%
 ways = {8: "raw", 4: "renormalised", 1: "renormalised"}
@@ -245,8 +245,9 @@ claim(
 
 # %% [markdown]
 # The paper also lets tasks come one after another, and asks which allocation forgets least. Three views, 20 steps each;
-# a row is an allocation, a column the first view's accuracy after each lesson. (Learning rate 0.005; with 0.01 all
-# forget more.) `forgets` is how far the first two views fall from their best.
+# a row is an allocation, a column the first view's accuracy after each lesson, means of three seeds. (Learning rate
+# 0.005: of 0.002, 0.005 and 0.01 the best mean over the three views, on validation.) `forgets` is how far the first
+# two views fall from their best.
 
 # %%
 from notebook_kit.diagnostics.incremental import forgetting
@@ -273,11 +274,11 @@ def in_turn(numbers, seed):
 
 
 # %%
-turns = {numbers: [in_turn(numbers, seed) for seed in range(2)] for numbers in runs}
-rows = {numbers: sum(matrices) / 2 for numbers, matrices in turns.items()}
+turns = {numbers: [in_turn(numbers, seed) for seed in range(3)] for numbers in runs}
+rows = {numbers: sum(matrices) / 3 for numbers, matrices in turns.items()}
 lessons = {f"after {view}": i for i, view in enumerate(one_by_one)}
 courses = {n: {name: rows[n][i, 0] for name, i in lessons.items()} for n in runs}
-lost = {n: sum(map(forgetting, matrices)) / 2 for n, matrices in turns.items()}
+lost = {n: sum(map(forgetting, matrices)) / 3 for n, matrices in turns.items()}
 table = pd.DataFrame(courses).T.assign(forgets=pd.Series(lost))
 table.index = ["-".join(map(str, numbers)) for numbers in runs]
 table.round(2)
@@ -287,14 +288,15 @@ least = min(lost[6, 6, 6], lost[9, 6, 3]) - lost[3, 6, 9]
 assert min(lost.values()) > 0.1
 claim(
     "mola",
-    "Of tasks that come one after another, more experts in the upper layers forget least, by three points or more",
-    holds=least > 0.03,
-    figure=", ".join(f"{'-'.join(map(str, n))} {value:.3f}" for n, value in lost.items()) + " lost, 2 seeds",
+    "Of tasks that come one after another, more experts in the upper layers forget least, by ten points or more",
+    holds=least > 0.1,
+    figure=", ".join(f"{'-'.join(map(str, n))} {value:.3f}" for n, value in lost.items()) + " lost, 3 seeds",
 )
 
 # %% [markdown]
-# No allocation protects what was learned before: the routers move with the new task. Keep that in mind for the next
-# method, which asks just this.
+# No allocation protects what was learned before: the routers move with the new task. (Single runs of one allocation lie
+# 20 points apart, so three seeds show large differences only. In 30 runs each, all three lost 24 to 25 points.) Keep
+# that in mind for the next method, which asks just this.
 
 # %% [markdown]
 # ## LoRAMoE: keep the old, learn the new
@@ -330,7 +332,8 @@ claim(
 
 # %% [markdown]
 # So the groups part, but with names exchanged: which one holds the knowledge is only a label. `attract=True` turns it
-# round. Now train: full fine-tuning, one LoRA, and LoRAMoE with its loss off, even, as published, and turned.
+# round. Now train: full fine-tuning, one LoRA, and LoRAMoE with its loss off, even, as published, and turned. (The
+# rates are the best of 0.005, 0.01 and 0.02 for the mean of old and new, on validation; to one LoRA all are alike.)
 
 # %%
 NEW = ["invert", "rot90", "hflip", "roll"]
@@ -347,7 +350,7 @@ plans = {
 }
 plans |= {"one LoRA": wraps["LoRA, rank 27"], "full": lambda m, s: None}
 base = bed.experts[0]
-rates = dict.fromkeys(plans, 5e-3) | {"full": 3e-3}
+rates = dict.fromkeys(plans, 1e-2) | {"full": 5e-3}
 
 # %% [markdown]
 # Every 14 steps we ask for the accuracy on the old view and on the four new ones, and how much of the weight the
@@ -376,7 +379,7 @@ def watch(model):
 
 
 # %%
-start = bed.model
+start = copy.deepcopy(bed.model)
 start.load_state_dict(base)
 before = measure(start)[0]["old"]
 learned, courses = {}, {}
@@ -401,8 +404,8 @@ LiveFigure(course_figure(shown, run="localised"))
 # %%
 # NBVAL_CHECK_OUTPUT
 fallen = {name: course["old"][0] - course["old"][1] for name, course in shown.items()}
-print("in the first 14 of 70 steps everybody falls by 8 points or more:", min(fallen.values()) > 0.08)
-assert min(fallen.values()) > 0.08
+print("in the first 14 of 70 steps everybody falls by 10 points or more:", min(fallen.values()) > 0.1)
+assert min(fallen.values()) > 0.1
 
 # %% [markdown]
 # It is lost at once, before the new tasks are learned; then the replay brings a part of it back. The groups part early

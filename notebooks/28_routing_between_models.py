@@ -352,11 +352,11 @@ LiveFigure(
 
 # %%
 step = (result["after"] - result["before"]).mean()
-assert step > 0.02
+assert step > 0.01
 claim(
     "meta-dmoe",
-    "After meta-training one unlabelled step raises the accuracy on unseen domains by more than 2 points",
-    holds=step > 0.02,
+    "After meta-training one unlabelled step raises the accuracy on unseen domains by more than a point",
+    holds=step > 0.01,
     figure=f"{result['before'].mean():.3f} to {result['after'].mean():.3f}, mean of 4 angles",
 )
 
