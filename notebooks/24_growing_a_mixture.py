@@ -105,7 +105,7 @@ assert torch.allclose(same(x), seed_expert(x), atol=1e-6)
 # %% [markdown]
 # ## Three ways to train
 #
-# Digits, eight experts of 8 hidden units, 160 steps in all, four seeds. *Switch* is top-1 from the first step.
+# Digits, eight experts of 8 hidden units, 160 steps in all, three seeds. *Switch* is top-1 from the first step.
 # *Dense to sparse* cools from 2 to 0.1 over 80 % of its steps. *EvoMoE* spends a fifth of the steps on one expert
 # first. There is **no balance loss** for now: we want to see what the schedule does alone. (The paper also compares
 # with BASE, hash layers and StableMoE. You meet these in lesson 21.)
@@ -122,7 +122,7 @@ class Net(nn.Module):
         return self.write(h + self.layer(h))
 
 
-STEPS, SEEDS = 160, 4
+STEPS, SEEDS = 160, 3
 x, y = digits("train")
 x_test, y_test = digits("test")
 
@@ -231,7 +231,7 @@ claim(
 # %% [markdown]
 # And the first phase, the seed expert? Its copies start alike, and the gate has less time to tell them apart. If the
 # phase helped as the gate did, a network would keep two experts more in use. It does not. (Runs differ so much that
-# four seeds could not show a smaller gain. In 30 runs EvoMoE had 4.6 unused experts, the gate alone 3.6.)
+# three seeds could not show a smaller gain. In 30 runs EvoMoE had 4.6 unused experts, the gate alone 3.6.)
 
 # %%
 claim(

@@ -636,7 +636,7 @@ def compare(task, k, draw, lots):
     shots, best = shots_of(task, k, draw), shortlist(*scores_on(task, k, draw), size=6)
     near = nearest_data(open_x - middle, shots[0] - middle, n_data=300)
     group = diverse_group(similarity, best, n_experts=3)
-    tuned = lambda members, near: accuracy(tune(members, near, shots), tests[task])  # noqa: E731
+    tuned = lambda picked, near: accuracy(tune(picked, near, shots), tests[task])  # noqa: E731
     row = {"diverse group": tuned(group, near), "best three": tuned(best[:3], near)}
     row["three by lot"] = sum(tuned(lot, near) for lot in lots) / len(lots)
     row["diverse group, no open data"] = tuned(group, near[:0])
@@ -662,10 +662,10 @@ hands = iter(deck.view(-1, 2, 3).tolist())  # two lots of three adapters for eac
 results, chosen = {}, {}
 for task in ("mirrored, noise", "turned, noise"):
     for k, draws in {5: 4, 15: 3, 50: 2}.items():
-        rounds, groups = zip(*(compare(task, k, draw, next(hands)) for draw in range(draws)), strict=True)
+        rounds, picks = zip(*(compare(task, k, draw, next(hands)) for draw in range(draws)), strict=True)
         results[task, k] = pd.DataFrame(rounds).mean()
         if k == 15:
-            chosen[task] = groups[0]
+            chosen[task] = picks[0]
 
 # %% [markdown]
 # The two tasks disagree. Compare the first two lines in each picture.
@@ -689,7 +689,7 @@ pd.DataFrame(chosen).T
 
 # %% [markdown]
 # So diversity helps where the missing half of the task is on the shortlist, and costs something where one adapter was
-# right and the others are only different. Choosing by the shots is worth it: in the mean, three by lot end behind; and an
+# right and the others are only different. Choosing by the shots is worth it: in the mean, three by lot end behind. An
 # average that nobody trained is of no use, for a combination needs more than half of each. And the open data? With 5
 # shots it is most of what there is to learn from. With 50 the shots say more than neighbours from other
 # transformations do.
